@@ -1,0 +1,357 @@
+"""What /proc says of this machine's processes: read by the mount to render, by the agent to act.
+
+All of proc(5); names and paths stay bytes until somebody shows them. A process may end between any
+two reads: then these functions return None or leave it out, they do not raise.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as stat_modes
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+PF_KTHREAD = 0x00200000
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        parts = []
+        while part := os.read(fd, 65536):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _boot_id() -> str:
+    return (_read("/proc/sys/kernel/random/boot_id") or b"").decode().strip()
+
+
+BOOT_ID = _boot_id()
+
+
+def _boot_time() -> float:
+    for line in (_read("/proc/stat") or b"").splitlines():
+        if line.startswith(b"btime "):
+            return float(line.split()[1])
+    return 0.0
+
+
+BOOT_TIME = _boot_time()
+
+
+class Task(NamedTuple):
+    """One process as /proc/PID/stat has it. `start` is in clock ticks since boot."""
+
+    pid: int
+    comm: bytes
+    state: str
+    ppid: int
+    pgrp: int
+    sid: int
+    tty: int
+    flags: int
+    threads: int
+    start: int
+    vsize: int
+    rss_bytes: int
+
+    @property
+    def is_kernel_thread(self) -> bool:
+        return bool(self.flags & PF_KTHREAD)
+
+    @property
+    def is_zombie(self) -> bool:
+        return self.state in "ZX"
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch."""
+        return BOOT_TIME + self.start / CLOCK_TICKS
+
+
+class Ids(NamedTuple):
+    """Credentials of a process, from /proc/PID/status."""
+
+    uids: tuple[int, int, int, int]
+    gids: tuple[int, int, int, int]
+    groups: tuple[int, ...]
+    tgid: int
+    ns_pids: tuple[int, ...]
+
+    @property
+    def uid(self) -> int:
+        """The real uid."""
+        return self.uids[0]
+
+    @property
+    def gid(self) -> int:
+        return self.gids[0]
+
+
+class OpenFile(NamedTuple):
+    """One open file description as the tasks that share its target show it.
+
+    `kind` is one of Kerrighed's words: socket pipe fifo tty char block link dir posix mq file.
+    """
+
+    kind: str
+    id: str
+    name: bytes
+    users: tuple[tuple[int, int], ...]
+
+
+def task(pid: int) -> Task | None:
+    """Return what /proc/PID/stat says, None when there is no such process."""
+    raw = _read(f"/proc/{pid}/stat")
+    if not raw:
+        return None
+    left, right = raw.find(b"("), raw.rfind(b")")
+    field = raw[right + 2 :].split()
+    return Task(
+        pid=int(raw[:left]),
+        comm=raw[left + 1 : right],
+        state=chr(field[0][0]),
+        ppid=int(field[1]),
+        pgrp=int(field[2]),
+        sid=int(field[3]),
+        tty=int(field[4]),
+        flags=int(field[6]),
+        threads=int(field[17]),
+        start=int(field[19]),
+        vsize=int(field[20]),
+        rss_bytes=int(field[21]) * PAGE,
+    )
+
+
+def is_alive(pid: int, start: int) -> bool:
+    """Tell whether that very process exists and has not ended (a zombie has)."""
+    found = task(pid)
+    return found is not None and found.start == start and not found.is_zombie
+
+
+def exists(pid: int, start: int) -> bool:
+    """Tell whether that very process still holds its pid, be it as a zombie."""
+    found = task(pid)
+    return found is not None and found.start == start
+
+
+def status(pid: int) -> dict[bytes, bytes]:
+    """Return /proc/PID/status as a mapping, empty when there is no such process."""
+    lines = (_read(f"/proc/{pid}/status") or b"").split(b"\n")
+    pairs = (line.partition(b":") for line in lines if line)
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def ids(pid: int) -> Ids | None:
+    """Return the credentials of a process (or of a thread, by its tid)."""
+    facts = status(pid)
+    if b"Uid" not in facts:
+        return None
+    uids = [int(x) for x in facts[b"Uid"].split()]
+    gids = [int(x) for x in facts[b"Gid"].split()]
+    return Ids(
+        uids=(uids[0], uids[1], uids[2], uids[3]),
+        gids=(gids[0], gids[1], gids[2], gids[3]),
+        groups=tuple(int(x) for x in facts.get(b"Groups", b"").split()),
+        tgid=int(facts.get(b"Tgid", b"0")),
+        ns_pids=tuple(int(x) for x in facts.get(b"NSpid", b"").split()),
+    )
+
+
+def owner(pid: int) -> tuple[int, int] | None:
+    """Return uid and gid of /proc/PID: what ps shows; root for processes that hide themselves."""
+    try:
+        found = os.stat(f"/proc/{pid}")
+    except OSError:
+        return None
+    return found.st_uid, found.st_gid
+
+
+def pids() -> Iterator[int]:
+    """Yield the pids of all processes, kernel threads among them."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            yield int(name)
+
+
+def processes() -> Iterator[Task]:
+    """Yield all processes but kernel threads."""
+    for pid in pids():
+        found = task(pid)
+        if found is not None and not found.is_kernel_thread:
+            yield found
+
+
+def threads(pid: int) -> tuple[int, ...]:
+    """Return the thread ids of a process, its own pid among them."""
+    try:
+        return tuple(sorted(int(tid) for tid in os.listdir(f"/proc/{pid}/task")))
+    except OSError:
+        return ()
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """Return the children of all threads of a process, zombies among them."""
+    found: list[int] = []
+    for tid in threads(pid):
+        found += [int(x) for x in (_read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
+    return tuple(sorted(found))
+
+
+def tree(root: int) -> tuple[Task, ...]:
+    """Return a process and all its descendants, parents before children; empty when it is gone."""
+    first = task(root)
+    if first is None:
+        return ()
+    found = [first]
+    for parent in found:
+        found += [child for pid in children(parent.pid) if (child := task(pid)) is not None]
+    return tuple(found)
+
+
+def depth_first(tasks: Iterable[Task]) -> Iterator[tuple[int, Task]]:
+    """Yield the tasks of a tree with their depth, each parent directly before its children."""
+    by_parent: dict[int, list[Task]] = {}
+    tasks = tuple(tasks)
+    for each in tasks[1:]:
+        by_parent.setdefault(each.ppid, []).append(each)
+    todo = [(0, tasks[0])] if tasks else []
+    while todo:
+        depth, each = todo.pop()
+        yield depth, each
+        todo += [(depth + 1, child) for child in reversed(by_parent.get(each.pid, ()))]
+
+
+def command_line(pid: int) -> bytes:
+    """Return the arguments of a process with blanks between, empty for a zombie."""
+    return (_read(f"/proc/{pid}/cmdline") or b"").rstrip(b"\0").replace(b"\0", b" ")
+
+
+def namespace(pid: int, kind: str) -> str:
+    """Return the identity of a namespace (`pid:[4026531836]`), empty when it cannot be read."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{kind}")
+    except OSError:
+        return ""
+
+
+def link(pid: int, name: str) -> bytes:
+    """Return the target of /proc/PID/NAME (cwd, exe, root, fd/N), empty when it cannot be read."""
+    try:
+        return os.readlink(f"/proc/{pid}/{name}".encode())
+    except OSError:
+        return b""
+
+
+def descriptors(pid: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the open descriptors of a process with what /proc links them to."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for name in sorted(names, key=int):
+        if target := link(pid, f"fd/{name}"):
+            yield int(name), target
+
+
+def open_files(tasks: Iterable[Task]) -> tuple[OpenFile, ...]:
+    """Return the open files of a tree, one each however many descriptors have it.
+
+    The id is the device and inode number (hexadecimal) of what is open: two opens of one file by
+    name show as one here, as /proc cannot tell them apart without ptrace.
+    """
+    found: dict[tuple[str, bytes], OpenFile] = {}
+    for each in tasks:
+        for fd, target in descriptors(each.pid):
+            kind, ident = _kind_and_id(each.pid, fd, target)
+            known = found.get((ident, target))
+            users = (*(known.users if known else ()), (each.pid, fd))
+            found[ident, target] = OpenFile(kind, ident, target, users)
+    return tuple(found.values())
+
+
+def _kind_and_id(pid: int, fd: int, target: bytes) -> tuple[str, str]:
+    try:
+        meta = os.stat(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return "file", "0" * 24
+    ident = f"{meta.st_dev:08X}{meta.st_ino:016X}"
+    mode = meta.st_mode
+    if stat_modes.S_ISSOCK(mode):
+        return "socket", ident
+    if stat_modes.S_ISFIFO(mode):
+        return ("pipe" if target.startswith(b"pipe:") else "fifo"), ident
+    if stat_modes.S_ISCHR(mode):
+        return ("tty" if is_tty_device(meta.st_rdev) else "char"), ident
+    if stat_modes.S_ISBLK(mode):
+        return "block", ident
+    if stat_modes.S_ISDIR(mode):
+        return "dir", ident
+    if stat_modes.S_ISLNK(mode):
+        return "link", ident
+    return "file", ident
+
+
+def is_tty_device(rdev: int) -> bool:
+    """Tell terminals (ttys, serial lines, consoles, ptys) by their device number."""
+    major = os.major(rdev)
+    return major in (4, 5, 166, 188, 204) or 136 <= major <= 143
+
+
+# -- signals that wait for a task that is blocked in a request
+
+
+INTERRUPTING = sum(1 << (n - 1) for n in (1, 2, 3, 14, 15))  # HUP INT QUIT ALRM TERM
+DEFAULT_IGNORED = sum(1 << (n - 1) for n in (17, 18, 23, 28))  # CHLD CONT URG WINCH
+STOPPING = sum(1 << (n - 1) for n in (19, 20, 21, 22))  # STOP TSTP TTIN TTOU
+KILL = 1 << 8
+
+
+class Pending(NamedTuple):
+    """`fatal`: a signal waits that will end the task. `caught`: one of HUP INT QUIT ALRM TERM
+    waits that the task has a handler for. `gone`: there is no such task any more."""
+
+    fatal: bool
+    caught: bool
+    gone: bool = False
+
+
+def pending(tid: int) -> Pending:
+    """Tell what signals wait for a task: signal(7), /proc/TID/status SigPnd ShdPnd SigBlk ..."""
+    raw = _read(f"/proc/{tid}/status")
+    if raw is None:
+        return Pending(fatal=False, caught=False, gone=True)
+    mask = {}
+    for line in raw[raw.find(b"SigPnd") :].split(b"\n")[:6]:
+        name, _, value = line.partition(b":")
+        if value:
+            mask[name] = int(value, 16)
+    waiting = mask.get(b"SigPnd", 0) | mask.get(b"ShdPnd", 0)
+    if not waiting:
+        return Pending(fatal=False, caught=False)
+    open_ones = waiting & ~mask.get(b"SigBlk", 0) & ~mask.get(b"SigIgn", 0)
+    caught = mask.get(b"SigCgt", 0)
+    fatal = (open_ones & ~caught & ~DEFAULT_IGNORED & ~STOPPING) | (waiting & KILL)
+    return Pending(fatal=bool(fatal), caught=bool(open_ones & caught & INTERRUPTING))
+
+
+SYS_WRITE = ("1", "18", "20")  # write, pwrite64, writev on x86_64
+
+
+def is_writing(tid: int, path: bytes) -> bool:
+    """Tell whether a task is inside write(2) on a descriptor that is open on `path`."""
+    raw = _read(f"/proc/{tid}/syscall")
+    words = (raw or b"").decode().split()
+    if len(words) < 2 or words[0] not in SYS_WRITE:
+        return False
+    return link(tid, f"fd/{int(words[1], 16)}") == path
