@@ -152,7 +152,8 @@ choose_python() {
 
 # Print what the installed environment depends on, as one digest.
 environment_digest() {
-    (cd "$top" && cat pyproject.toml setup.py agent/*.c 2>/dev/null; echo "$top $*") | sha256sum | cut -d ' ' -f 1
+    { cat "$top"/{pyproject.toml,setup.py} "$top"/agent/*.c 2>/dev/null || true; echo "$top $*"; } |
+        sha256sum | cut -d ' ' -f 1
 }
 
 # Is .venv what `make_environment $1` would make?

@@ -116,6 +116,29 @@ class Job(Value, frozen=True, kw_only=True):
         return self.phase.is_final
 
 
+class Moved(Value, frozen=True, kw_only=True):
+    """A task that was put into another cgroup: where from (directory, all of one hierarchy)."""
+
+    pid: int
+    start: int
+    origin: str
+
+
+class Frozen(Value, frozen=True, kw_only=True):
+    """How a tree is frozen, enough to thaw it after any crash.
+
+    `cgroup` is the directory whose freezer holds it (cgroup v1 or v2 by `version`); `leaf` tells
+    that it is ours and goes away with the thaw, when the `moved` tasks are back in their origins.
+    `placeholders` are processes of ours that keep emptied cgroups alive meanwhile.
+    """
+
+    cgroup: str
+    version: int
+    leaf: bool
+    moved: tuple[Moved, ...] = ()
+    placeholders: tuple[ProcessId, ...] = ()
+
+
 class TreeState(enum.StrEnum):
     RUNNING = "running"
     FROZEN = "frozen"
@@ -134,6 +157,7 @@ class Tree(Value, frozen=True, kw_only=True):
     uid: int = 0
     app: str = ""
     state: TreeState = TreeState.RUNNING
+    frozen: Frozen | None = None
     frozen_since: float = 0.0
     frozen_until: float = 0.0
     last_image: str = ""
