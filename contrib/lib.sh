@@ -133,14 +133,7 @@ choose_criu() {
     "$here/criu-works" "$criu" || die "no process can be dumped and restored here"
 }
 
-# Is $1 a Python of 3.11 or later that can make an environment and compile an extension?
-python_fits() {
-    "$1" - <<'END' 2>/dev/null
-import ensurepip, os, sys, sysconfig, venv
-sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
-END
-}
-
+# A Python for .venv is then in $python: the one on PATH if it fits, else the distribution's.
 choose_python() {
     for python in python3 /usr/bin/python3; do
         python_fits "$python" && return 0
@@ -148,6 +141,14 @@ choose_python() {
     install_packages python3 python3-venv python3-dev
     python=/usr/bin/python3
     python_fits "$python" || die "krgfs needs Python 3.11 or later, and $("$python" --version) is all there is"
+}
+
+# Is $1 a Python of 3.11 or later that can make an environment and compile an extension?
+python_fits() {
+    "$1" - <<'END' 2>/dev/null
+import ensurepip, os, sys, sysconfig, venv
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+END
 }
 
 # Print what the installed environment depends on, as one digest.
@@ -162,13 +163,12 @@ environment_fits() {
         grep -qsx "$(environment_digest "$1")" "$top/.venv/krgfs-stamp$1"
 }
 
-# Make .venv and install this tree in it, with the extra $1 if given: '' or '[test]'.
+# Make .venv by $python and install this tree in it, with the extra $1 if given: '' or '[test]'.
 make_environment() {
     environment_fits "$1" && return 0
     lock_setup
     # of what we depend on, only pyfuse3 and our keeper have to be compiled
     install_packages gcc libc6-dev pkg-config libfuse3-dev
-    choose_python
     "$top/.venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$top/.venv"
     say "installing krgfs$1 into $top/.venv"
     quietly "$top/.venv/bin/pip" install --disable-pip-version-check -e "$top$1" 9>&- ||
@@ -179,6 +179,7 @@ make_environment() {
 # All that krgfs needs to run from this tree, with the extra $1.
 set_up() {
     install_packages fuse3 nftables iproute2 procps
+    choose_python
     choose_criu
     make_environment "$1"
     unlock_setup
