@@ -169,7 +169,9 @@ make_environment() {
     lock_setup
     # of what we depend on, only pyfuse3 and our keeper have to be compiled
     install_packages gcc libc6-dev pkg-config libfuse3-dev
-    "$top/.venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$top/.venv"
+    # an environment that was moved or copied here still runs the programs of the other place
+    [[ $("$top/.venv/bin/pip" --version 2>/dev/null) == *" $top/.venv/"* ]] ||
+        "$python" -m venv --clear "$top/.venv"
     say "installing krgfs$1 into $top/.venv"
     quietly "$top/.venv/bin/pip" install --disable-pip-version-check -e "$top$1" 9>&- ||
         die "pip could not install krgfs: its words stand above"
