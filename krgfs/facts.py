@@ -348,10 +348,14 @@ def pending(tid: int) -> Pending:
 SYS_WRITE = ("1", "18", "20")  # write, pwrite64, writev on x86_64
 
 
-def is_writing(tid: int, path: bytes) -> bool:
-    """Tell whether a task is inside write(2) on a descriptor that is open on `path`."""
+def is_writing(tid: int, ending: bytes) -> bool:
+    """Tell whether a task is inside write(2) on a descriptor whose path ends in `ending`.
+
+    A name that was looked up again since is shown as deleted by /proc; it still counts.
+    """
     raw = _read(f"/proc/{tid}/syscall")
     words = (raw or b"").decode().split()
     if len(words) < 2 or words[0] not in SYS_WRITE:
         return False
-    return link(tid, f"fd/{int(words[1], 16)}") == path
+    path = link(tid, f"fd/{int(words[1], 16)}")
+    return path.removesuffix(b" (deleted)").endswith(ending)

@@ -1,0 +1,571 @@
+"""The pyfuse3 adapter: turns requests of the kernel into look-ups of the table and agent calls.
+
+Nothing is decided here. Any unexpected exception of a handler becomes EIO and a line in the log,
+never the end of the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, InodeT
+
+from . import facts, tree, wire
+from .blocked import Blocked
+from .client import Client
+from .errors import KrgError
+from .handles import Handles
+from .inodes import Inodes
+from .model import Caller, Image, ImageFile, Import, View
+from .tree import Kind, Place, Sight
+from .verbs import VERSION
+
+log = logging.getLogger(__name__)
+STAYS_S = 1.0
+HIDDEN_S = 5.0
+XATTR = b"user.krg."
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+def guarded(handler: F) -> F:
+    """Answer the kernel with the errno of what went wrong."""
+
+    @functools.wraps(handler)
+    async def answer(*args: Any) -> Any:
+        try:
+            return await handler(*args)
+        except pyfuse3.FUSEError:
+            raise
+        except KrgError as exc:
+            raise pyfuse3.FUSEError(exc.errno) from exc
+        except Exception:
+            log.exception("handler.failed handler=%s", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return answer  # type: ignore[return-value]
+
+
+class Mount(pyfuse3.Operations):
+    """One mount: `serve` runs it until it is unmounted or cancelled."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, socket: str, hide_pids: bool) -> None:
+        super().__init__()
+        self.inodes = Inodes()
+        self.blocked = Blocked()
+        self.client = Client(
+            socket, on_change=self._changed, release=self._release, resume=self._resume
+        )
+        self.handles = Handles(self.client, self.blocked, self._sight)
+        self._hide_pids = hide_pids
+        self._hidden: dict[Place, float] = {}
+        self._listings: dict[int, tuple[list[tuple[str, Place]], Caller]] = {}
+        self._next_listing = 0
+        self._pinned: dict[int, list[Place]] = {}
+        self._polls: dict[int, pyfuse3.PollHandle] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def serve(self) -> None:
+        """Talk to the agent and answer the kernel."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self.client.run)
+            nursery.start_soon(self.blocked.watch)
+            await pyfuse3.main(min_tasks=4, max_tasks=4000)
+            nursery.cancel_scope.cancel()
+
+    # -- who asks, and what it sees
+
+    def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
+        found = facts.ids(ctx.pid) if ctx.pid else None
+        if found is None:
+            return Caller(uid=ctx.uid, gid=ctx.gid, pid=ctx.pid, tid=ctx.pid)
+        task = facts.task(found.tgid)
+        return Caller(
+            uid=ctx.uid,
+            gid=ctx.gid,
+            groups=found.groups,
+            pid=found.tgid,
+            tid=ctx.pid,
+            start=task.start if task else 0,
+            foreign_pid_ns=len(found.ns_pids) > 1,
+        )
+
+    def _sight(self, caller: Caller) -> Sight:
+        return Sight(self.client.view, caller.uid, caller.pid, self.client.listings)
+
+    def _look(self, ctx: pyfuse3.RequestContext) -> Sight:
+        return Sight(self.client.view, ctx.uid, ctx.pid, self.client.listings)
+
+    async def _know(self, place: Place, ctx: pyfuse3.RequestContext) -> None:
+        """Have the listing of a version at hand before its names are looked up."""
+        if place.row.path == "images/APP/VERSION" and place.args not in self.client.listings:
+            with suppress(KrgError):
+                await self.client.files(self._caller(ctx), *place.args)
+
+    # -- names
+
+    @guarded
+    async def lookup(
+        self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        place = await self._find(parent, name, ctx)
+        return self._attributes(place, self.inodes.looked_up(place), self._look(ctx))
+
+    async def _find(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> Place:
+        directory = self.inodes.place(parent)
+        await self._know(directory, ctx)
+        place = tree.find(self._look(ctx), directory, name.decode("utf-8", "surrogateescape"))
+        if place is None or self._is_hidden(place):
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return place
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, lookups in inode_list:
+            self.inodes.forget(inode, lookups)
+
+    @guarded
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        place = self.inodes.place(inode)
+        sight = self._look(ctx)
+        if not tree.is_there(sight, place):
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attributes(place, inode, sight)
+
+    @guarded
+    async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> bytes:
+        place = self.inodes.place(inode)
+        assert place.row.render is not None
+        if place.row.path == "self":
+            return place.row.render(self._sight(self._caller(ctx)), place)
+        return place.row.render(self._look(ctx), place)
+
+    def _attributes(self, place: Place, inode: int, sight: Sight) -> pyfuse3.EntryAttributes:
+        row = place.row
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = row.type | self._mode(place, sight)
+        entry.st_uid, entry.st_gid = row.owner(sight, place)
+        entry.st_nlink = 2 if row.kind is Kind.DIR else 1
+        entry.entry_timeout = 0.0 if row.kind is Kind.VERB else STAYS_S
+        entry.attr_timeout = 0.0 if row.kind in (Kind.VERB, Kind.GROWING, Kind.DATA) else STAYS_S
+        if row.kind is Kind.LINK:
+            entry.entry_timeout = entry.attr_timeout = 0.0
+        entry.st_blksize = wire.MAX_DATA if row.kind is Kind.DATA else 4096
+        self._size(place, entry, sight)
+        created = self._created(place, sight)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = created
+        return entry
+
+    def _mode(self, place: Place, sight: Sight) -> int:
+        if place.row.path == "images/APP/VERSION/FILE" and self._is_import(place, sight):
+            return 0o600
+        if self._hide_pids and place.row.path.endswith("PID/status"):
+            return 0o400
+        return place.row.mode
+
+    def _is_import(self, place: Place, sight: Sight) -> bool:
+        return isinstance(tree.version_of(sight, place.args[0], place.args[1]), Import)
+
+    def _size(self, place: Place, entry: pyfuse3.EntryAttributes, sight: Sight) -> None:
+        if place.row.kind is Kind.GROWING:
+            assert place.row.render is not None
+            entry.st_size = len(place.row.render(sight, place))
+        elif place.row.path == "images/APP/VERSION/FILE":
+            file = sight.files.get(place.args[:2], {}).get(
+                place.args[2], ImageFile(name="", size=0)
+            )
+            entry.st_size = file.size
+            entry.st_blocks = -(-file.stored_bytes // 512)
+
+    def _created(self, place: Place, sight: Sight) -> int:
+        row = place.row
+        if row.path.startswith("images/APP/VERSION"):
+            found = tree.version_of(sight, place.args[0], place.args[1])
+            return int(found.created * 1e9) if found else 0
+        if row.path.startswith("jobs/JOB"):
+            job = sight.view.jobs.get(place.args[0])
+            return int((job.ended or job.started) * 1e9) if job else 0
+        if "/PID" in row.path:
+            return int((facts.BOOT_TIME + place.args[2] / facts.CLOCK_TICKS) * 1e9)
+        return int(facts.BOOT_TIME * 1e9)
+
+    # -- directories
+
+    @guarded
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> int:
+        place = self.inodes.place(inode)
+        await self._know(place, ctx)
+        sight = self._look(ctx)
+        if not tree.is_there(sight, place):
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        found = [item for item in tree.entries(sight, place) if not self._is_hidden(item[1])]
+        self._next_listing += 1
+        caller = Caller(uid=ctx.uid, gid=ctx.gid, pid=ctx.pid)
+        self._listings[self._next_listing] = found, caller
+        return self._next_listing
+
+    @guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        found, caller = self._listings[fh]
+        sight = self._sight(caller)
+        for position in range(start_id, len(found)):
+            name, place = found[position]
+            inode = self.inodes.shown(place)
+            entry = self._attributes(place, inode, sight)
+            raw = name.encode("utf-8", "surrogateescape")
+            if not pyfuse3.readdir_reply(token, raw, entry, position + 1):
+                self.inodes.drop_unused(inode)
+                return
+            self.inodes.counted(inode)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._listings.pop(fh, None)
+
+    # -- files
+
+    @guarded
+    async def open(
+        self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        place = self.inodes.place(inode)
+        number = self.handles.open(inode, place, self._caller(ctx), flags)
+        return pyfuse3.FileInfo(fh=number, direct_io=True, keep_cache=False)
+
+    @guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.handles.read(fh, off, size)
+
+    @guarded
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return await self.handles.write(fh, off, buf)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        pass
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        pass
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        pass
+
+    async def release(self, fh: FileHandleT) -> None:
+        self._polls.pop(fh, None)
+        with suppress(KrgError):
+            await self.handles.close(fh)
+
+    @guarded
+    async def poll(
+        self,
+        inode: InodeT,
+        fh: FileHandleT,
+        handle: pyfuse3.PollHandle | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> int:
+        if handle is not None:
+            self._polls[fh] = handle
+            place = self.inodes.place(inode)
+            if place.row.verb == "wait" and self._nursery is not None:
+                self._nursery.start_soon(self._notify_when_ended, place)
+        return self.handles.ready(fh)
+
+    async def _notify_when_ended(self, place: Place) -> None:
+        from .handles import ended
+
+        with suppress(KrgError):
+            await ended(place.args[1], place.args[2])
+        self._notify_polls()
+
+    def _notify_polls(self) -> None:
+        """Wake the pollers; each asks again with a handle of its own."""
+        polls, self._polls = self._polls, {}
+        for handle in polls.values():
+            with suppress(OSError):
+                handle.notify()
+
+    @guarded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        place = self.inodes.place(inode)
+        sight = self._look(ctx)
+        in_import = place.row.path.startswith("images/APP/VERSION") and self._is_import(
+            place, sight
+        )
+        if fields.update_size and in_import:
+            app, name, file = place.args
+            await self.client.call(
+                wire.TruncateFile,
+                self._caller(ctx),
+                app=app,
+                name=name,
+                file=file,
+                size=attr.st_size,
+            )
+            await self._relist(place.args[:2], ctx)
+        changes_owner = fields.update_uid or fields.update_gid or fields.update_mode
+        if changes_owner and not place.row.path.startswith("images/APP/VERSION"):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return self._attributes(place, inode, self._look(ctx))
+
+    # -- what may be made and removed: apps, versions, labels, and the files of imports
+
+    @guarded
+    async def mkdir(
+        self, parent: InodeT, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        place = self.inodes.place(parent)
+        text = name.decode("utf-8", "surrogateescape")
+        if place.row.path == "images":
+            await self.client.call(wire.MakeApp, self._caller(ctx), app=text)
+        elif place.row.path == "images/APP":
+            (app,) = place.args
+            await self.client.call(wire.BeginImport, self._caller(ctx), app=app, name=text)
+        else:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return await self.lookup(parent, name, ctx)
+
+    @guarded
+    async def rmdir(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        place = await self._find(parent, name, ctx)
+        if place.row.path == "images/APP":
+            await self.client.call(wire.RemoveApp, self._caller(ctx), app=place.args[0])
+        elif place.row.path == "images/APP/VERSION":
+            app, version = place.args
+            await self.client.call(wire.RemoveVersion, self._caller(ctx), app=app, name=version)
+        else:
+            raise pyfuse3.FUSEError(errno.EPERM)
+
+    @guarded
+    async def create(
+        self, parent: InodeT, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        directory = self.inodes.place(parent)
+        if directory.row.path != "images/APP/VERSION" or not self._is_import(
+            directory, self._look(ctx)
+        ):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        app, version = directory.args
+        file = name.decode("utf-8", "surrogateescape")
+        await self.client.call(
+            wire.WriteFile,
+            self._caller(ctx),
+            app=app,
+            name=version,
+            file=file,
+            offset=0,
+            data=b"",
+        )
+        await self._relist(directory.args, ctx)
+        attributes = await self.lookup(parent, name, ctx)
+        return await self.open(attributes.st_ino, flags, ctx), attributes
+
+    @guarded
+    async def unlink(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        place = await self._find(parent, name, ctx)
+        if place.row.path == "images/APP/LABEL":
+            app, label = place.args
+            await self.client.call(wire.RemoveLabel, self._caller(ctx), app=app, label=label)
+        elif place.row.path == "images/APP/VERSION/FILE":
+            await self._unlink_file(place, ctx)
+        elif place.row.path in ("images/APP/index", "images/APP/latest"):
+            self._hide(place)
+        else:
+            raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def _unlink_file(self, place: Place, ctx: pyfuse3.RequestContext) -> None:
+        if not self._is_import(place, self._look(ctx)):
+            self._hide(place)
+            return
+        app, name, file = place.args
+        await self.client.call(wire.RemoveFile, self._caller(ctx), app=app, name=name, file=file)
+        await self._relist(place.args[:2], ctx)
+
+    @guarded
+    async def symlink(
+        self, parent: InodeT, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        directory = self.inodes.place(parent)
+        if directory.row.path != "images/APP":
+            raise pyfuse3.FUSEError(errno.EPERM)
+        (app,) = directory.args
+        version = target.decode("utf-8", "surrogateescape").rstrip("/").rpartition("/")[2]
+        label = name.decode("utf-8", "surrogateescape")
+        await self.client.call(
+            wire.SetLabel, self._caller(ctx), app=app, label=label, version=version
+        )
+        return await self.lookup(parent, name, ctx)
+
+    @guarded
+    async def rename(
+        self,
+        parent_old: InodeT,
+        name_old: bytes,
+        parent_new: InodeT,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        old = await self._find(parent_old, name_old, ctx)
+        to = name_new.decode("utf-8", "surrogateescape")
+        if (
+            old.row.path != "images/APP/VERSION"
+            or parent_old != parent_new
+            or not self._is_import(old, self._look(ctx))
+            or not VERSION.match(to)
+            or flags & ~pyfuse3.RENAME_NOREPLACE
+        ):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        app, name = old.args
+        await self.client.call(wire.CommitImport, self._caller(ctx), app=app, name=name, to=to)
+
+    @guarded
+    async def link(self, *args: Any) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    @guarded
+    async def mknod(self, *args: Any) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def _relist(self, version: tuple[Any, ...], ctx: pyfuse3.RequestContext) -> None:
+        self.client.listings.pop((version[0], version[1]), None)
+        await self.client.files(self._caller(ctx), version[0], version[1])
+
+    def _hide(self, place: Place) -> None:
+        """An unlink inside a committed image hides the name for a while: `rm -r` gets on to the
+        rmdir, which removes; one that was interrupted leaves the image whole."""
+        self._hidden[place] = trio.current_time() + HIDDEN_S
+
+    def _is_hidden(self, place: Place) -> bool:
+        until = self._hidden.get(place)
+        if until is None:
+            return False
+        if until > trio.current_time():
+            return True
+        del self._hidden[place]
+        return False
+
+    # -- figures and attributes
+
+    @guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        store = self.client.view.store
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = store.total // 4096
+        data.f_bfree = store.free // 4096
+        data.f_bavail = store.available // 4096
+        data.f_files, data.f_ffree, data.f_favail = store.files, store.files_free, store.files_free
+        data.f_namemax = 255
+        return data
+
+    @guarded
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if not name.startswith(XATTR):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        found = self._xattrs(inode, ctx).get(name)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return found
+
+    @guarded
+    async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return list(self._xattrs(inode, ctx))
+
+    @guarded
+    async def setxattr(
+        self, inode: InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        place = self.inodes.place(inode)
+        is_import = place.row.path.startswith("images/APP/VERSION") and self._is_import(
+            place, self._look(ctx)
+        )
+        if not is_import or not name.startswith(XATTR):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+    @guarded
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+    def _xattrs(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> dict[bytes, bytes]:
+        place = self.inodes.place(inode)
+        sight = self._look(ctx)
+        pairs: dict[str, object] = {}
+        if place.row.path == "images/APP/VERSION":
+            found = tree.version_of(sight, *place.args)
+            pairs = _image_facts(found) if isinstance(found, Image) else {"complete": "no"}
+        elif place.row.path == "nodes/NODE/procs/PID":
+            known = tree.tree_of(sight, place)
+            pairs = {"node": place.args[0]}
+            if known is not None:
+                pairs |= {"app": known.app, "last_image": known.last_image}
+        return {XATTR + key.encode(): str(value).encode() for key, value in pairs.items()}
+
+    # -- what the agent tells
+
+    def _changed(self, before: View, after: View, change: wire.Change) -> None:
+        if not after.connected:
+            self.blocked.resume_all()
+        if change.log or change.events or change.trees:
+            self._notify_polls()
+        for app, version in change.gone_images:
+            self._invalidate(("images", app), f"v{version}")
+        for app, name in change.gone_imports:
+            self._invalidate(("images", app), name)
+        for app in change.gone_apps:
+            self._invalidate(("images",), app)
+        for job in change.gone_jobs:
+            self._invalidate(("jobs",), str(job))
+
+    def _invalidate(self, directory: tuple[str, ...], name: str) -> None:
+        place = tree.ROOT
+        for part in directory:
+            found = tree.find(Sight(self.client.view), place, part)
+            if found is None:
+                return
+            place = found
+        inode = self.inodes.number(place)
+        if inode is not None:
+            pyfuse3.invalidate_entry_async(inode, name.encode(), ignore_enoent=True)
+
+    async def _release(self, ticket: int, pids: list[int]) -> None:
+        await self.blocked.release(ticket, pids)
+        await self.handles.settled(pids)
+        self._pinned[ticket] = [handle.place for handle in self.handles.of(pids)]
+        for handle in self.handles.of(pids):
+            self.inodes.pin(handle.place, handle.inode)
+
+    def _resume(self, ticket: int) -> None:
+        self.blocked.resume(ticket)
+        for place in self._pinned.pop(ticket, ()):
+            self.inodes.unpin(place)
+
+
+def _image_facts(image: Image) -> dict[str, object]:
+    return {
+        "app": image.app,
+        "node": image.node,
+        "created": f"{image.created:.3f}",
+        "freeze_ms": f"{image.freeze_ms:.1f}",
+        "logical_bytes": image.logical_bytes,
+        "stored_bytes": image.stored_bytes,
+        "digest": image.digest,
+        "complete": "yes",
+        "owner": image.uid,
+        **({"damaged": image.damaged} if image.damaged else {}),
+    }

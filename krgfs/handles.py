@@ -1,0 +1,316 @@
+"""Open files: a snapshot of the content for each reader, one command for each write.
+
+Content is made at the first read after open or after a write; reads count from the end of the last
+write, because they share the descriptor's offset (`exec 3<>f; echo 1 >&3; cat <&3`). A read at
+offset 0, or one that goes back, makes the content anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections.abc import Callable, Iterator
+
+import trio
+
+from . import facts, tree, wire
+from .blocked import Blocked, Why
+from .client import Client
+from .errors import BadWords, Busy, Cancelled, Gone, KrgError, PartOfIt, Unsupported, name_of
+from .model import Caller, Job, Phase
+from .tree import Kind, Place, Sight
+from .verbs import MAX_BYTES, Checkpoint, Command, Freeze, Restart, Wait, parse
+
+CLOSING_S = 0.1
+RESTORING_S = 5.0
+STATUS_S = 2.0
+READ_ONLY = "it takes no writes"
+
+
+class Handle:
+    """One open of one place by one caller."""
+
+    def __init__(self, number: int, inode: int, place: Place, caller: Caller, append: bool) -> None:
+        self.number = number
+        self.inode = inode
+        self.place = place
+        self.caller = caller
+        self.job = 0
+        self.wrote = False
+        self.notify: Callable[[], None] | None = None
+        self.seen = 0
+        self._base: int | None = 0 if append else None
+        self._content: bytes | None = None
+        self._error = ""
+
+    def written(self, end: int, error: str = "") -> None:
+        """A write ended at this offset: the next read begins there, with fresh content."""
+        self._base = end
+        self._content = None
+        self._error = error
+        self.wrote = True
+
+    def needs_content(self, offset: int) -> bool:
+        """Tell whether a read at `offset` wants the content made anew, and count offsets anew."""
+        if self._base is None:
+            self._base = offset
+        if offset < self._base:
+            self._base = 0
+            self._content = None
+        return self._content is None or offset == self._base
+
+    def make(self, content: bytes) -> None:
+        self._content = f"{self._error}\n".encode() if self._error else content
+        self._error = ""
+
+    def slice(self, offset: int, size: int) -> bytes:
+        start = offset - (self._base or 0)
+        return (self._content or b"")[start : start + size]
+
+
+class Handles:
+    """All open files of the mount, and what reading and writing them does."""
+
+    def __init__(self, client: Client, blocked: Blocked, sight: Callable[[Caller], Sight]) -> None:
+        self._client = client
+        self._blocked = blocked
+        self._sight = sight
+        self._open: dict[int, Handle] = {}
+        self._next = 0
+        self._closed = trio.Event()
+
+    def __iter__(self) -> Iterator[Handle]:
+        return iter(tuple(self._open.values()))
+
+    def open(self, inode: int, place: Place, caller: Caller, flags: int) -> int:
+        self._next += 1
+        append = bool(flags & os.O_APPEND)
+        self._open[self._next] = Handle(self._next, inode, place, caller, append)
+        return self._next
+
+    def get(self, number: int) -> Handle:
+        return self._open[number]
+
+    async def close(self, number: int) -> None:
+        """The last descriptor is gone: what was to last while it was open ends."""
+        handle = self._open.pop(number)
+        self._closed.set()
+        self._closed = trio.Event()
+        if handle.job:
+            await self._client.call(wire.Closed, handle.caller, job=handle.job)
+        if handle.place.row.kind is Kind.DATA and handle.wrote:
+            app, name, file = handle.place.args
+            await self._client.call(wire.CloseFile, handle.caller, app=app, name=name, file=file)
+
+    async def settled(self, pids: list[int]) -> None:
+        """Wait a moment for these processes to close the verb files that they have open."""
+        with trio.move_on_after(CLOSING_S):
+            while any(self.of(pids)):
+                await self._closed.wait()
+
+    def of(self, pids: list[int]) -> list[Handle]:
+        """Return the open verb files that these processes opened."""
+        return [
+            each
+            for each in self._open.values()
+            if each.place.row.kind is Kind.VERB and each.caller.pid in pids
+        ]
+
+    # -- reading
+
+    async def read(self, number: int, offset: int, size: int) -> bytes:
+        handle = self._open[number]
+        kind = handle.place.row.kind
+        if kind is Kind.GROWING:
+            return self._growing(handle)[offset : offset + size]
+        if kind is Kind.DATA:
+            return await self._data(handle, offset, size)
+        if handle.needs_content(offset):
+            handle.make(await self._content(handle))
+        return handle.slice(offset, size)
+
+    def _growing(self, handle: Handle) -> bytes:
+        content = self._rendered(handle)
+        handle.seen = len(content)
+        return content
+
+    def _rendered(self, handle: Handle) -> bytes:
+        assert handle.place.row.render is not None
+        return handle.place.row.render(self._sight(handle.caller), handle.place)
+
+    async def _content(self, handle: Handle) -> bytes:
+        sight = self._sight(handle.caller)
+        if not tree.is_there(sight, handle.place):
+            raise Gone(f"{tree.path_of(handle.place)}: it has ended")
+        content = self._rendered(handle)
+        if content or handle.place.row.kind is not Kind.VERB:
+            return content
+        await self._while_restoring()
+        return self._rendered(handle)
+
+    async def _while_restoring(self) -> None:
+        """A process may read before the agent has noted that it was restarted: wait for that."""
+        with trio.move_on_after(RESTORING_S):
+            for job in tuple(self._client.view.jobs.values()):
+                if job.phase in (Phase.RESTORING, Phase.FINISHING) and job.verb == "restart":
+                    await self._client.job_over(job.id)
+
+    async def _data(self, handle: Handle, offset: int, size: int) -> bytes:
+        if handle.place.row.path == "jobs/JOB/log":
+            if handle.needs_content(offset):
+                (job,) = handle.place.args
+                answer = await self._client.call(wire.JobLog, handle.caller, job=job)
+                handle.make(answer.data)
+            return handle.slice(offset, size)
+        app, name, file = handle.place.args
+        answer = await self._client.call(
+            wire.ReadFile,
+            handle.caller,
+            app=app,
+            name=name,
+            file=file,
+            offset=offset,
+            size=min(size, wire.MAX_DATA),
+        )
+        data: bytes = answer.data
+        return data
+
+    # -- poll
+
+    def ready(self, number: int) -> int:
+        """Return the poll(2) mask of an open file: `wait` is readable when the process has ended,
+        log and events when there is more than was read."""
+        handle = self._open[number]
+        sight = self._sight(handle.caller)
+        if handle.place.row.verb == "wait":
+            over = not tree.is_there(sight, handle.place) or (
+                self._rendered(handle) != b"running\n"
+            )
+        elif handle.place.row.kind is Kind.GROWING:
+            over = len(self._rendered(handle)) > handle.seen
+        else:
+            over = True
+        writable = select.POLLOUT if handle.place.row.kind is Kind.VERB else 0
+        return (select.POLLIN if over else 0) | writable
+
+    # -- writing
+
+    async def write(self, number: int, offset: int, data: bytes) -> int:
+        """Do what was written; returns its length, raises what went wrong."""
+        handle = self._open[number]
+        row = handle.place.row
+        if row.kind is Kind.DATA and row.name == "FILE":
+            return await self._import(handle, offset, data)
+        if row.kind is not Kind.VERB:
+            raise Unsupported(f"{tree.path_of(handle.place)}: {READ_ONLY}")
+        end = offset + len(data)
+        try:
+            await self._command(handle, data)
+        except KrgError as exc:
+            handle.written(end, f"error {name_of(exc.errno)} {exc.message}")
+            raise
+        handle.written(end)
+        return len(data)
+
+    async def _import(self, handle: Handle, offset: int, data: bytes) -> int:
+        app, name, file = handle.place.args
+        handle.wrote = True
+        for start in range(0, len(data), wire.MAX_DATA):
+            await self._client.call(
+                wire.WriteFile,
+                handle.caller,
+                app=app,
+                name=name,
+                file=file,
+                offset=offset + start,
+                data=data[start : start + wire.MAX_DATA],
+            )
+        return len(data)
+
+    async def _command(self, handle: Handle, data: bytes) -> None:
+        place, caller = handle.place, handle.caller
+        if len(data) > MAX_BYTES:
+            raise BadWords(f"{place.row.verb}: one command a write, at most {MAX_BYTES} bytes")
+        text = data.decode("utf-8", "surrogateescape").removesuffix("\n")
+        command = parse(place.row.verb, text)
+        pid, start = self._object_pid(place)
+        if caller.foreign_pid_ns and pid and pid != caller.pid:
+            raise BadWords(
+                f"pid {pid} means another process in your pid namespace; write to /krg/self"
+            )
+        if isinstance(command, Wait):
+            await self._wait(handle, pid, start)
+            return
+        accepted = await self._client.submit(
+            caller, place.row.verb, tree.path_of(place).rpartition("/")[0], text, start
+        )
+        if isinstance(command, Freeze) and command.while_open:
+            handle.job = accepted.job
+        if accepted.member or _returns_at_once(command):
+            return
+        await self._until_over(handle, accepted.job)
+
+    def _object_pid(self, place: Place) -> tuple[int, int]:
+        if "/PID/" in place.row.path:
+            return place.args[1], place.args[2]
+        return 0, 0
+
+    async def _until_over(self, handle: Handle, number: int) -> None:
+        job: Job | None = None
+        ending = tree.path_of(handle.place).encode()
+        with self._blocked.waiting(handle.caller, ending) as waiting:
+            job = await self._client.job_over(number)
+        if job is not None:
+            if job.errno:
+                raise _error_of(job)
+            return
+        if waiting.why is Why.FREEZE:
+            raise Cancelled(f"you are about to be frozen yourself; jobs/{number} goes on")
+        await self._client.call(
+            wire.Interrupt, handle.caller, job=number, fatal=waiting.why is Why.FATAL
+        )
+        raise Cancelled(f"{waiting.why and waiting.why.value}: jobs/{number} is being cancelled")
+
+    async def _wait(self, handle: Handle, pid: int, start: int) -> None:
+        if handle.caller.pid == pid:
+            raise PartOfIt(f"process {pid} cannot wait for its own end")
+        over = False
+        ending = tree.path_of(handle.place).encode()
+        with self._blocked.waiting(handle.caller, ending) as waiting:
+            await ended(pid, start)
+            with trio.move_on_after(STATUS_S):
+                while self._status_is_due(handle):
+                    await self._client.changed()
+            over = True
+        if not over:
+            raise Cancelled(f"{waiting.why and waiting.why.value}; process {pid} goes on")
+
+    def _status_is_due(self, handle: Handle) -> bool:
+        known = tree.tree_of(self._sight(handle.caller), handle.place)
+        return known is not None and known.keeper is not None and not known.ended
+
+
+def _returns_at_once(command: Command) -> bool:
+    return isinstance(command, Checkpoint | Restart) and command.run_async
+
+
+def _error_of(job: Job) -> KrgError:
+    frame = wire.Failed(id=0, errno=job.errno, message=job.message, fate=job.fate)
+    return wire.error_of(frame)
+
+
+async def ended(pid: int, start: int) -> None:
+    """Return when that very process has ended (pidfd_open(2))."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as exc:
+        if exc.errno in (errno.ESRCH, errno.EINVAL):
+            return
+        raise Busy(f"cannot watch process {pid}: {os.strerror(exc.errno or 0)}") from exc
+    try:
+        while facts.is_alive(pid, start):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        trio.lowlevel.notify_closing(pidfd)
+        os.close(pidfd)

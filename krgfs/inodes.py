@@ -1,0 +1,87 @@
+"""Which inode number stands for which place: counted up, never reused.
+
+A directory or state file keeps its number while the kernel knows it; a verb file gets a fresh one
+at every lookup, because the kernel serialises the writes on an inode and a writer that waits for
+another one there cannot be killed (Plan 9's clone files do the same).
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+from .tree import ROOT, Kind, Place
+
+ROOT_INODE = 1
+
+
+class Inodes:
+    """The numbers that the kernel holds, with how often it looked each up."""
+
+    def __init__(self) -> None:
+        self._next = count(ROOT_INODE + 1)
+        self._places: dict[int, Place] = {ROOT_INODE: ROOT}
+        self._numbers: dict[Place, int] = {ROOT: ROOT_INODE}
+        self._lookups: dict[int, int] = {ROOT_INODE: 1}
+        self._pinned: dict[Place, int] = {}
+
+    def place(self, inode: int) -> Place:
+        """Return the place of a number that the kernel holds; KeyError for any other."""
+        return self._places[inode]
+
+    def number(self, place: Place) -> int | None:
+        """Return the number of a place if the kernel holds one (for a verb file, any one)."""
+        return self._numbers.get(place)
+
+    def looked_up(self, place: Place) -> int:
+        """Return the number to answer a lookup with, and count it."""
+        inode = self._number_for(place)
+        self.counted(inode)
+        return inode
+
+    def counted(self, inode: int) -> None:
+        """The kernel was told this number once more (a listing with attributes is a lookup)."""
+        self._lookups[inode] = self._lookups.get(inode, 0) + 1
+
+    def shown(self, place: Place) -> int:
+        """Return a number for an entry of a listing that may be dropped again by `forget`."""
+        return self._number_for(place)
+
+    def pin(self, place: Place, inode: int) -> None:
+        """Have lookups of a verb file answered with this number: while a dump looks for the file
+        that a task of the tree has open, name and descriptor must show the same inode."""
+        self._pinned[place] = inode
+
+    def unpin(self, place: Place) -> None:
+        self._pinned.pop(place, None)
+
+    def forget(self, inode: int, lookups: int) -> None:
+        """The kernel dropped so many lookups; at none, the number is gone for good."""
+        left = self._lookups.get(inode, 0) - lookups
+        if left > 0 or inode == ROOT_INODE:
+            self._lookups[inode] = left
+            return
+        self._lookups.pop(inode, None)
+        self._drop(inode)
+
+    def drop_unused(self, inode: int) -> None:
+        """Undo `shown` where the entry did not fit into the answer."""
+        if inode not in self._lookups:
+            self._drop(inode)
+
+    def _drop(self, inode: int) -> None:
+        place = self._places.pop(inode, None)
+        if place is not None and self._numbers.get(place) == inode:
+            del self._numbers[place]
+
+    def _number_for(self, place: Place) -> int:
+        pinned = self._pinned.get(place)
+        if pinned in self._places:
+            assert pinned is not None
+            return pinned
+        known = self._numbers.get(place)
+        if known is not None and place.row.kind is not Kind.VERB:
+            return known
+        inode = next(self._next)
+        self._places[inode] = place
+        self._numbers[place] = inode
+        return inode
