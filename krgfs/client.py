@@ -30,8 +30,8 @@ T = TypeVar("T")
 def applied(view: View, change: wire.Change) -> View:
     """Return the view after a change; the given one stays as it is."""
     if change.whole:
-        view = View(node=view.node, connected=True)
-    fields: dict[str, Any] = {}
+        view = View(node=view.node)
+    fields: dict[str, Any] = {"connected": True} if change.complete else {}
     flat: tuple[tuple[str, Any, str, Any], ...] = (
         ("nodes", change.nodes, "name", ()),
         ("trees", change.trees, "pid", change.gone_trees),
@@ -243,7 +243,7 @@ class Client:
             self.listings.pop((item.app, item.name), None)
         for app, name in change.gone_imports:
             self.listings.pop((app, name), None)
-        if change.whole:
+        if change.complete:
             self.listings.clear()
             self._connected.set()
             self._wake_all()

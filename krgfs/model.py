@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -14,6 +15,14 @@ import msgspec
 from .errors import Fate
 
 NOBODY = 65534
+
+
+def instant(seconds: float) -> str:
+    """Write a time as 2026-01-31T12:00:00.123Z, or - when there is none."""
+    if not seconds:
+        return "-"
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -8,19 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 
 from . import VERSION, facts
 from .errors import name_of
-from .model import App, Event, Image, Job, LogLine, Node, Phase, Tree, View
-
-
-def instant(seconds: float) -> str:
-    """Write a time as 2026-01-31T12:00:00.123Z, or - when there is none."""
-    if not seconds:
-        return "-"
-    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
+from .model import App, Event, Image, Job, LogLine, Node, Phase, Tree, View, instant
 
 
 def shown(raw: bytes) -> str:

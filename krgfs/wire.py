@@ -231,10 +231,12 @@ class Resume(Message, frozen=True, kw_only=True):
 
 
 class Change(Message, frozen=True, kw_only=True):
-    """What changed in the View. `whole` replaces everything; the dropped keys go, the others are
-    put in; log and events are appended after dropping `trim_*` lines from the front."""
+    """What changed in the View. `whole` empties it first, and `complete` ends what follows that;
+    the dropped keys go, the others are put in; log and events are appended after dropping `trim_*`
+    lines from the front."""
 
     whole: bool = False
+    complete: bool = False
     nodes: list[Node] = []
     trees: list[Tree] = []
     apps: list[App] = []
