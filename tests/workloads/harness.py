@@ -125,9 +125,22 @@ class Workload:
 
         self._wait("be gone", gone)
 
-    def signal(self, signum: int) -> bool:
-        """Signal its root; returns False when there is none."""
-        return self._signal(self.pid, signum)
+    def signal(self, signum: int, pid: int | None = None) -> bool:
+        """Signal its root, or another task of it; returns False when there is no such task."""
+        pid = pid or self.pid
+        try:
+            target = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return False
+        try:
+            if not self._is_ours(pid):  # asked with the pidfd held: it cannot become another's
+                return False
+            signal.pidfd_send_signal(target, signum)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(target)
+        return True
 
     def finish(self) -> str:
         """Ask it for its verdict and return that, which is then forgotten.
@@ -173,24 +186,8 @@ class Workload:
     def _kill_all(self) -> bool:
         tasks = self.tasks()
         for pid in tasks:
-            self._signal(pid, signal.SIGKILL)
-            self._signal(pid, signal.SIGCONT)
+            self.signal(signal.SIGKILL, pid)
         return not tasks
-
-    def _signal(self, pid: int, signum: int) -> bool:
-        try:
-            target = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return False
-        try:
-            if not self._is_ours(pid):  # asked with the pidfd held: it cannot become another's
-                return False
-            signal.pidfd_send_signal(target, signum)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(target)
-        return True
 
     def _is_ours(self, pid: int) -> bool:
         mark = f"WORKLOAD_ID={self.identity}".encode()

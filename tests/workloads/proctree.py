@@ -65,7 +65,7 @@ def take_place(judge: Judge, member: int, edges: dict[int, Ends]) -> Ends:
     """Fork the members below this one, then keep no end of the ring but its own two."""
     for below in (2 * member, 2 * member + 1):
         if below <= MEMBERS:
-            judge.fork(f"member {below}", partial(pass_on, judge, below, edges))
+            judge.fork(f"member {below}", partial(serve, judge, below, edges))
     mine = Ends(edges[member].read, edges[member % MEMBERS + 1].write)
     for other in edges.values():
         for fd in {other.read, other.write} - {mine.read, mine.write}:
@@ -73,15 +73,19 @@ def take_place(judge: Judge, member: int, edges: dict[int, Ends]) -> Ends:
     return mine
 
 
-def pass_on(judge: Judge, member: int, edges: dict[int, Ends]) -> None:
-    ends = take_place(judge, member, edges)
+def serve(judge: Judge, member: int, edges: dict[int, Ends]) -> None:
+    """Be a member; when the ring breaks elsewhere, whoever broke it says why."""
+    try:
+        pass_on(judge, member, take_place(judge, member, edges))
+    except (EOFError, BrokenPipeError):
+        os._exit(3)
+
+
+def pass_on(judge: Judge, member: int, ends: Ends) -> None:
     expected, chain = 1, FIRST_LINK
     number = None
     while number != LAST:
-        try:
-            number, hops, seal = receive(ends.read)
-        except EOFError:
-            os._exit(3)  # whoever broke the ring says why
+        number, hops, seal = receive(ends.read)
         if number != LAST:
             assert number == expected, f"message {number} came where {expected} was next"
             assert hops == member - 2, f"message {number} comes after {hops} hops"

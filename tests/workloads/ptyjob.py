@@ -10,6 +10,7 @@ import stat
 import sys
 import termios
 import time
+from typing import Any
 
 from judge import FIRST_LINK, Judge, judged, link, link_of
 
@@ -25,18 +26,23 @@ def work(judge: Judge, or_file: bool) -> None:
     judge.ready("writes to its terminal", terminal=os.ttyname(0))
     while judge.going():
         os.write(1 + steps % 2, b"step %d\r\n" % steps)
-        for fd in STREAMS:
-            if os.isatty(fd):
-                assert termios.tcgetattr(fd) == settings, "the terminal is set otherwise"
-            else:
-                assert or_file, f"descriptor {fd} is no terminal any more"
-                assert fd == 0 or appends(fd), f"descriptor {fd} is neither terminal nor log"
+        check_streams(settings, or_file)
         chain = link(chain, steps)
         steps += 1
         judge.progress()
         time.sleep(0.01)
+    check_streams(settings, or_file)
     judge.expect(os.getpgrp() == group == os.getpid(), f"its process group is {os.getpgrp()}")
     judge.expect(chain == link_of(steps), "its chain in memory is broken")
+
+
+def check_streams(settings: list[Any], or_file: bool) -> None:
+    for fd in STREAMS:
+        if os.isatty(fd):
+            assert termios.tcgetattr(fd) == settings, "the terminal is set otherwise"
+        else:
+            assert or_file, f"descriptor {fd} is no terminal any more"
+            assert fd == 0 or appends(fd), f"descriptor {fd} is neither terminal nor log"
 
 
 def appends(fd: int) -> bool:
