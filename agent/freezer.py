@@ -1,0 +1,510 @@
+"""Freeze a tree and thaw it again, by the cgroup freezer of v2 or of v1.
+
+Where a tree fills a cgroup, that one is frozen. Else its tasks are put into a leaf of ours inside
+the cgroup that they are in, so that no tree leaves its scope, job step or container. What is about
+to be done is recorded first, and `thaw` can be called after a crash at any point, any number of
+times: it moves every task from the frozen leaf straight into the cgroup where it came from, and
+there it runs on; no task ever runs in the wrong one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal as signals
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import trio
+from msgspec.structs import replace
+
+from krgfs import facts
+from krgfs.errors import Busy, EngineFailed, Fate, Gone, KrgError, PartOfIt, TryAgain, Unsupported
+from krgfs.model import Frozen, Moved, ProcessId
+
+from . import procs
+from .procs import Hierarchy, ProcessTree, title
+
+Record = Callable[[Frozen], Awaitable[None]]
+
+UNDO_S = 2.0  # for dying tasks to leave a leaf; one that stays has nothing in it that runs
+
+
+class Freezer:
+    """Freezes in one hierarchy; what was frozen in either is thawed by any."""
+
+    def __init__(self, hierarchy: Hierarchy) -> None:
+        self.hierarchy = hierarchy
+
+    @classmethod
+    def find(cls, prefer: str = "auto") -> Freezer:
+        """Return the freezer to use here: `v2`, `v1`, or `auto` for v2 where its kernel has one.
+
+        Makes an empty cgroup, and removes it, to see that it works. Raises Unsupported with the
+        reason for each hierarchy that is mounted.
+        """
+        reasons = []
+        for each in procs.hierarchies():
+            if each.can_freeze and prefer in ("auto", f"v{each.version}"):
+                reason = _unusable(each)
+                if not reason:
+                    return cls(each)
+                reasons.append(reason)
+        wanted = "cgroup freezer" if prefer == "auto" else f"cgroup {prefer} freezer"
+        raise Unsupported(
+            f"no {wanted} can be used here: {'; '.join(reasons) or 'none is mounted'}; "
+            f"mount cgroup2 read-write at /sys/fs/cgroup"
+        )
+
+    async def freeze(self, tree: ProcessTree, name: str, record: Record) -> Frozen:
+        """Bring every task of the tree to rest, and return how to thaw it.
+
+        `name` names the leaf, where one is needed. `record` is awaited with all that is about to
+        be done before any of it is done, and again whenever new tasks were found; what it was
+        given last is what is returned. Any failure undoes everything: the tree runs on.
+
+        A task that does not come to rest is waited for: when cancelled in that wait, raises
+        TryAgain, which says what the task waits in. Raises Busy for a tree that is frozen already,
+        PartOfIt when this process is in it, Unsupported where its cgroups do not allow it.
+        """
+        attempt = _Attempt(self.hierarchy, tree, _plan(self.hierarchy, tree, name), record)
+        try:
+            await attempt.run()
+        except BaseException as exc:
+            unrest = _unrest(attempt.frozen, tree) if attempt.is_waiting else {}
+            with trio.move_on_after(UNDO_S, shield=True):
+                await self.thaw(attempt.frozen)
+            if isinstance(exc, trio.Cancelled) and attempt.is_waiting:
+                raise TryAgain(_why_no_rest(tree, unrest), fate=procs.fate(tree)) from None
+            if isinstance(exc, KrgError) and exc.fate is None:
+                exc.fate = procs.fate(tree)
+            raise
+        return attempt.frozen
+
+    async def refreeze(self, frozen: Frozen) -> None:
+        """Wait until a frozen tree is at rest, also where a CRIU that was killed had thawed it."""
+        _hold(frozen)
+        await _rest(frozen)
+
+    def is_frozen(self, frozen: Frozen) -> bool:
+        """Tell whether the kernel has all of its tasks at rest (while CRIU dumps, CRIU has)."""
+        return procs.is_at_rest(frozen.cgroup, frozen.version)
+
+    async def thaw(self, frozen: Frozen) -> None:
+        """Let the tasks run where they came from, and remove what was made to freeze them.
+
+        Any part may be done already. A task that was forked meanwhile goes where its parent came
+        from; where an origin is gone, to what is left above it. Waits for dying tasks to leave the
+        leaf. Raises EngineFailed, the tree running in the leaf, when a task cannot go back.
+        """
+        if frozen.leaf:
+            await _empty(frozen)
+        else:
+            _release(frozen)
+        for placeholder in frozen.placeholders:
+            await _end_placeholder(placeholder)
+
+    async def kill(self, frozen: Frozen, tree: ProcessTree) -> None:
+        """End all tasks of a frozen tree before any of them runs, and remove what froze it.
+
+        In the v2 freezer a killed task ends; in that of v1 it ends when it is thawed, before it
+        is back in user code. Returns when no task lives; zombies may still hold their pids.
+        """
+        members = procs.members(frozen.cgroup)
+        later = [facts.task(pid) for pid in members - tree.pids if procs.is_member(tree, pid)]
+        victims = [*tree.ids, *(procs.process_id(task) for task in later if task is not None)]
+        if frozen.version == 2 and members and members <= {each.pid for each in victims}:
+            with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
+                _write(f"{frozen.cgroup}/cgroup.kill", "1")
+        for each in victims:
+            procs.signal_process(each, signals.SIGKILL)
+        if frozen.version == 1:
+            _release(frozen)
+        for each in victims:
+            await procs.ended(each)
+        await self.thaw(frozen)
+
+
+def _unusable(hierarchy: Hierarchy) -> str:
+    """Say what keeps a hierarchy from freezing, nothing when it can."""
+    probe = f"{hierarchy.mount}/krg-probe-{os.getpid()}"
+    try:
+        os.mkdir(probe)
+    except OSError as exc:
+        return f"{hierarchy.mount}: {exc.strerror}"
+    try:
+        knob = _knob(probe, hierarchy.version)
+        return "" if os.path.exists(knob) else f"{hierarchy.mount} has no {os.path.basename(knob)}"
+    finally:
+        os.rmdir(probe)
+
+
+# -- what to freeze
+
+
+def _plan(hierarchy: Hierarchy, tree: ProcessTree, name: str) -> Frozen:
+    """Choose the cgroup to freeze, touching nothing."""
+    if os.getpid() in tree.pids:
+        raise PartOfIt(f"the agent ({os.getpid()}) is part of tree {tree.pid}, and would freeze")
+    if holder := _holder(tree):
+        raise Busy(f"tree {tree.pid} is frozen already, in {holder}: thaw it first")
+    places = {
+        tid: place
+        for task in tree.live
+        for tid in tree.threads[task.pid]
+        if (place := _place(hierarchy, tid))
+    }
+    if not places:
+        raise Gone(f"process {tree.pid} has just ended")
+    ancestor = os.path.commonpath([*places.values()])
+    while _kind(ancestor) == "threaded":
+        ancestor = os.path.dirname(ancestor)
+    live = {task.pid for task in tree.live}
+    if ancestor != hierarchy.mount and procs.members(ancestor) == live:
+        return Frozen(cgroup=ancestor, version=hierarchy.version, leaf=False)
+    _refuse_threaded(tree, places, ancestor)
+    leaf = f"{ancestor}/{procs.LEAF_PREFIX}{name}"
+    if procs.members(leaf):
+        raise Busy(f"{leaf}, for tree {tree.pid}, has other tasks in it: thaw those first")
+    return Frozen(cgroup=leaf, version=hierarchy.version, leaf=True)
+
+
+def _place(hierarchy: Hierarchy, tid: int) -> str | None:
+    place = hierarchy.directory(tid)
+    if place is None and facts.task(tid) is not None:
+        raise Unsupported(
+            f"task {tid} is in a cgroup that is not to be seen under {hierarchy.mount}: "
+            f"the agent has to run in the host's cgroup namespace"
+        )
+    return place
+
+
+def _holder(tree: ProcessTree) -> str | None:
+    """Return a cgroup, of either freezer, that somebody set to frozen with a task in it."""
+    for hierarchy in procs.hierarchies():
+        if not hierarchy.can_freeze:
+            continue
+        for place in {hierarchy.directory(task.pid) for task in tree.live} - {None}:
+            while place and place != hierarchy.mount:
+                if _is_held(place, hierarchy.version):
+                    return place
+                place = os.path.dirname(place)
+    return None
+
+
+def _is_held(place: str, version: int) -> bool:
+    file = "cgroup.freeze" if version == 2 else "freezer.self_freezing"
+    return procs.read(f"{place}/{file}").strip() == "1"
+
+
+def _kind(place: str) -> str:
+    """Return cgroup.type: domain, threaded, ...; nothing for v1 and for the root."""
+    return procs.read(f"{place}/cgroup.type").strip()
+
+
+def _refuse_threaded(tree: ProcessTree, places: dict[int, str], ancestor: str) -> None:
+    """A leaf takes whole processes, and there can be none among threaded cgroups; cgroups(7)."""
+    for task in tree.live:
+        spread = {places[tid] for tid in tree.threads[task.pid] if tid in places}
+        if len(spread) > 1 or any(_kind(place) == "threaded" for place in spread):
+            raise Unsupported(
+                f"the threads of task {title(task)} are in cgroups for threads "
+                f"({', '.join(sorted(spread))}) that have others in them too: "
+                f"put tree {tree.pid} alone into a cgroup of its own"
+            )
+    if _kind(ancestor) not in ("domain", ""):
+        raise Unsupported(
+            f"tree {tree.pid} shares {ancestor} with others, and a cgroup of kind "
+            f"'{_kind(ancestor)}' can have no leaf: put the tree into a cgroup of its own"
+        )
+
+
+# -- freezing
+
+
+class _Attempt:
+    """One freeze. `frozen` is what there is to undo: recorded, or just about to be."""
+
+    def __init__(
+        self, hierarchy: Hierarchy, tree: ProcessTree, plan: Frozen, record: Record
+    ) -> None:
+        self.frozen = plan
+        self.is_waiting = False
+        self._hierarchy = hierarchy
+        self._tree = tree
+        self._record = record
+        self._kept: set[str] = set()
+
+    async def run(self) -> None:
+        if not self.frozen.leaf:
+            await self._freeze_whole()
+            return
+        while await self._gather():
+            await self._come_to_rest()
+
+    async def _freeze_whole(self) -> None:
+        await self._record(self.frozen)
+        _hold(self.frozen)
+        await self._come_to_rest()
+        if procs.members(self.frozen.cgroup) != {task.pid for task in self._look().live}:
+            raise TryAgain(
+                f"{self.frozen.cgroup} was all of tree {self._tree.pid} and nothing else, but "
+                f"while it was frozen a process was moved: try again"
+            )
+
+    def _look(self) -> ProcessTree:
+        return procs.look(self._tree.pid, self._tree.id.start)
+
+    async def _come_to_rest(self) -> None:
+        self.is_waiting = True
+        await _rest(self.frozen)
+        self.is_waiting = False
+
+    async def _gather(self) -> bool:
+        """Put into the leaf what is not in it yet; tell whether there was any.
+
+        A moved task rests at once, so the forks come to an end; and when all that are known rest,
+        a look that finds no other proves that there is none.
+        """
+        live = self._look().live
+        places = {task.pid: self._hierarchy.directory(task.pid) for task in live}
+        outside = [task for task in live if places[task.pid] not in (self.frozen.cgroup, None)]
+        known = {(moved.pid, moved.start) for moved in self.frozen.moved}
+        new = [
+            Moved(pid=task.pid, start=task.start, origin=self._origin(task.pid, places[task.pid]))
+            for task in live
+            if (task.pid, task.start) not in known and places[task.pid] is not None
+        ]
+        if not outside and not new:
+            return False
+        with contextlib.ExitStack() as stack:
+            placeholders = [
+                stack.enter_context(_placeholder(place)) for place in self._emptied(outside, places)
+            ]
+            self.frozen = replace(
+                self.frozen,
+                moved=(*self.frozen.moved, *new),
+                placeholders=(*self.frozen.placeholders, *(each.id for each in placeholders)),
+            )
+            await self._record(self.frozen)
+            _make(self.frozen.cgroup)
+            _hold(self.frozen)
+            for each in placeholders:
+                each.settle()
+        for task in outside:
+            _move(task.pid, self.frozen.cgroup)
+        return True
+
+    def _origin(self, pid: int, place: str | None) -> str:
+        """Return where a task comes from; one that was born in the leaf from where its parent."""
+        if place in (self.frozen.cgroup, None):
+            return _origin(pid, self.frozen)
+        return place
+
+    def _emptied(self, outside: Iterable[facts.Task], places: dict[int, str | None]) -> list[str]:
+        """Return the cgroups that would end with the moves: systemd drops a unit's empty one."""
+        leaving = {task.pid for task in outside}
+        parent = os.path.dirname(self.frozen.cgroup)  # has the leaf in it
+        origins = {places[pid] for pid in leaving} - {parent, None} - self._kept
+        emptied = [place for place in origins if place and procs.members(place) <= leaving]
+        self._kept.update(emptied)
+        return emptied
+
+
+async def _rest(frozen: Frozen) -> None:
+    pause_s = 0.0002
+    while not procs.is_at_rest(frozen.cgroup, frozen.version):
+        if not os.path.isdir(frozen.cgroup):
+            raise Gone(f"{frozen.cgroup} is gone: its tasks have ended")
+        await trio.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.01)
+        if frozen.version == 1:
+            _hold(frozen)  # v1 asks each task once, and one in the wrong moment does not hear it
+
+
+def _unrest(frozen: Frozen, tree: ProcessTree) -> dict[int, str]:
+    """Return the threads that do not look frozen, with their states.
+
+    v2 shows a frozen one as sleeping. v1 shows it as waiting in the kernel, as it shows those
+    that cannot be interrupted there: only the thaw will tell them apart.
+    """
+    at_rest = "StTZX" if frozen.version == 2 else "tTZX"
+    tids = (
+        tid for pid in {*procs.members(frozen.cgroup), *tree.pids} for tid in facts.threads(pid)
+    )
+    found = {tid: task.state for tid in tids if (task := facts.task(tid)) is not None}
+    return {tid: state for tid, state in found.items() if state not in at_rest}
+
+
+def _why_no_rest(tree: ProcessTree, unrest: dict[int, str]) -> str:
+    """Name a task that could not be frozen, now that all the others are thawed."""
+    for tid, state in sorted(unrest.items(), key=lambda each: each[1] == "D"):
+        task = facts.task(tid)
+        if task is not None and (state != "D" or task.state == "D"):
+            return (
+                f"task {title(task)} of tree {tree.pid} does not come to rest, it is in "
+                f"{_what_it_does(tid)}: nothing is frozen, try again when it has ended"
+            )
+    return f"tree {tree.pid} does not come to rest: nothing is frozen, try again"
+
+
+# The calls that hang in a dead server, by their x86_64 numbers; their first argument is a file.
+_CALLS = {"0": "read", "1": "write", "3": "close", "17": "pread64", "18": "pwrite64"}
+_CALLS |= {"16": "ioctl", "19": "readv", "20": "writev", "74": "fsync", "75": "fdatasync"}
+
+
+def _what_it_does(tid: int) -> str:
+    where = procs.read(f"/proc/{tid}/wchan").strip("0\n") or "the kernel"
+    words = procs.read(f"/proc/{tid}/syscall").split()
+    if len(words) < 2 or words[0] not in _CALLS or os.uname().machine != "x86_64":
+        return where
+    path = facts.link(tid, f"fd/{int(words[1], 16)}").decode(errors="replace")
+    return f"{where} ({_CALLS[words[0]]} on {path or 'a closed file'})"
+
+
+# -- thawing
+
+
+async def _empty(leaf: Frozen) -> None:
+    pause_s = 0.0005
+    while True:
+        for pid in procs.processes_in(leaf.cgroup):
+            _send_home(pid, leaf)
+        try:
+            os.rmdir(leaf.cgroup)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                raise
+        else:
+            return
+        await trio.sleep(pause_s)
+        pause_s = min(pause_s * 2, 0.02)
+
+
+def _send_home(pid: int, leaf: Frozen) -> None:
+    home = _origin(pid, leaf)
+    while True:
+        try:
+            return _move(pid, home)
+        except Gone:
+            home = os.path.dirname(home)
+        except EngineFailed as exc:
+            _release(leaf)  # running in the leaf, it is in its scope, and nothing is lost
+            exc.fate = Fate.RUNNING
+            raise
+
+
+def _origin(pid: int, frozen: Frozen) -> str:
+    """Return where a task of the leaf belongs: as recorded for it or its next ancestor."""
+    moved = {(each.pid, each.start): each.origin for each in frozen.moved}
+    task = facts.task(pid)
+    while task is not None:
+        if origin := moved.get((task.pid, task.start)):
+            return origin
+        task = facts.task(task.ppid)
+    return frozen.moved[0].origin if frozen.moved else os.path.dirname(frozen.cgroup)
+
+
+# -- processes that keep an emptied cgroup alive
+
+
+class _Placeholder(NamedTuple):
+    id: ProcessId
+    place: str
+    go: int
+
+    def settle(self) -> None:
+        _move(self.id.pid, self.place)
+        os.write(self.go, b"\n")
+
+
+@contextlib.contextmanager
+def _placeholder(place: str) -> Iterator[_Placeholder]:
+    """Start one that will sleep in `place` once told to settle, and ends when that never comes.
+
+    It outlives us, so it is in a session of its own and holds none of our descriptors.
+    """
+    reader, writer = os.pipe()
+    inherited = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) > 2]
+    try:
+        pid = os.posix_spawn(
+            "/bin/sh",
+            ["sh", "-c", "read -r go && cd / && exec sleep infinity </dev/null"],
+            {"PATH": "/usr/bin:/bin", procs.PLACEHOLDER: place},
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, reader, 0),
+                (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+                *((os.POSIX_SPAWN_CLOSE, fd) for fd in inherited),
+            ],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=(signals.SIGPIPE, signals.SIGINT),
+        )
+        task = facts.task(pid)
+        assert task is not None, "a child of ours that nobody has reaped"
+        yield _Placeholder(procs.process_id(task), place, writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+async def _end_placeholder(process: ProcessId) -> None:
+    procs.signal_process(process, signals.SIGKILL)
+    await procs.ended(process)
+    _reap(process.pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # started by the agent before this one
+        os.waitpid(pid, os.WNOHANG)
+
+
+# -- the kernel's files
+
+
+def _knob(place: str, version: int) -> str:
+    return f"{place}/cgroup.freeze" if version == 2 else f"{place}/freezer.state"
+
+
+def _hold(frozen: Frozen) -> None:
+    _write(_knob(frozen.cgroup, frozen.version), "1" if frozen.version == 2 else "FROZEN")
+
+
+def _release(frozen: Frozen) -> None:
+    with contextlib.suppress(Gone):
+        _write(_knob(frozen.cgroup, frozen.version), "0" if frozen.version == 2 else "THAWED")
+
+
+def _make(place: str) -> None:
+    try:
+        os.mkdir(place)
+    except FileExistsError:
+        pass
+    except OSError as exc:
+        raise EngineFailed(f"cannot make the cgroup {place}: {exc.strerror}") from exc
+
+
+def _move(pid: int, place: str) -> None:
+    """Put a process with all its threads into a cgroup; nothing happens to one that ended."""
+    try:
+        _write(f"{place}/cgroup.procs", str(pid))
+    except EngineFailed as exc:
+        if not isinstance(exc.__cause__, ProcessLookupError):
+            raise
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENODEV):
+            raise Gone(f"the cgroup {os.path.dirname(path)} is gone") from exc
+        raise EngineFailed(f"cannot write '{text}' to {path}: {exc.strerror}") from exc
