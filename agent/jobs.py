@@ -32,10 +32,10 @@ class Running:
     would miss data.
     """
 
-    def __init__(self, state: State, job: Job, caller: Caller, pids: frozenset[int]) -> None:
+    def __init__(self, state: State, job: Job, caller: Caller, holds: frozenset[int | str]) -> None:
         self.job = job
         self.caller = caller
-        self.pids = pids
+        self.holds = holds
         self.frozen = False
         self.member = False
         self.said = ""
@@ -118,13 +118,15 @@ class Jobs:
                 return job  # type: ignore[no-any-return]
         return None
 
-    def refuse_if_held(self, pids: frozenset[int]) -> None:
-        """Raise Busy when another job holds one of these processes."""
+    def refuse_if_held(self, holds: frozenset[int | str]) -> None:
+        """Raise Busy when another job holds one of these: pids, and apps as `app NAME`."""
         for job in self:
-            if shared := pids & job.pids:
+            if shared := holds & job.holds:
+                what = min(str(each) for each in shared)
                 raise Busy(
-                    f"process {min(shared)} is held by jobs/{job.id} ({job.job.verb}, "
-                    f"{job.job.phase}); wait for it, or write 1 to /krg/jobs/{job.id}/cancel"
+                    f"{f'process {what}' if what.isdecimal() else what} is held by "
+                    f"jobs/{job.id} ({job.job.verb}, {job.job.phase}); wait for it, or write 1 "
+                    f"to /krg/jobs/{job.id}/cancel"
                 )
 
     async def start(
@@ -133,12 +135,12 @@ class Jobs:
         object: str,
         words: str,
         caller: Caller,
-        pids: frozenset[int],
+        holds: frozenset[int | str],
         operation: Callable[[Running], Awaitable[str]],
         uid: int | None = None,
     ) -> Running:
         """Accept a verb: durable on return. `operation` returns the line that is read back."""
-        self.refuse_if_held(pids)
+        self.refuse_if_held(holds)
         job = Job(
             id=self._state.next_job(),
             verb=verb,
@@ -149,7 +151,7 @@ class Jobs:
             started=time.time(),
             caller=caller,
         )
-        running = Running(self._state, job, caller, pids)
+        running = Running(self._state, job, caller, holds)
         self._running[job.id] = running
         self._state.jobs[job.id] = job
         try:
@@ -163,7 +165,8 @@ class Jobs:
         return running
 
     async def _life(self, running: Running, operation: Callable[[Running], Awaitable[str]]) -> None:
-        line, error = "", None
+        line = ""
+        error: KrgError | None = None
         try:
             with running.scope:
                 line = await operation(running)

@@ -8,6 +8,7 @@ about to be frozen have to be answered too, because no freezer holds a task insi
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,6 +74,7 @@ class Blocked:
 
     def __init__(self) -> None:
         self._waiting: set[Waiting] = set()
+        self._brief: Counter[int] = Counter()
         self._held: dict[int, frozenset[int]] = {}
         self._left = trio.Event()
         self._came = trio.Event()
@@ -93,6 +95,19 @@ class Blocked:
             self._left.set()
             self._left = trio.Event()
 
+    @contextmanager
+    def brief(self, caller: Caller) -> Iterator[None]:
+        """Enter the block as a request that is answered soon by itself: `release` waits for it."""
+        self._brief[caller.pid] += 1
+        try:
+            yield
+        finally:
+            self._brief[caller.pid] -= 1
+            if not self._brief[caller.pid]:
+                del self._brief[caller.pid]
+            self._left.set()
+            self._left = trio.Event()
+
     def is_held(self, pid: int) -> bool:
         """Tell whether a process is about to be frozen: its requests must not wait."""
         return any(pid in pids for pids in self._held.values())
@@ -100,7 +115,11 @@ class Blocked:
     async def release(self, ticket: int, pids: list[int]) -> None:
         """Answer all that these processes wait for, and do so until `resume`."""
         self._held[ticket] = frozenset(pids)
-        while mine := [each for each in self._waiting if self._is_of(each, self._held[ticket])]:
+        held = self._held[ticket]
+        while True:
+            mine = [each for each in self._waiting if self._is_of(each, held)]
+            if not mine and held.isdisjoint(self._brief):
+                break
             for each in mine:
                 each.answer(Why.FREEZE)
             await self._left.wait()

@@ -87,6 +87,7 @@ class Client:
         on_change: Callable[[View, View, wire.Change], None] = lambda *_: None,
         release: Callable[[int, list[int]], Awaitable[None]] | None = None,
         resume: Callable[[int], None] = lambda _: None,
+        holding: Callable[[], list[int]] = list,
     ) -> None:
         self.view = View()
         self.listings: OrderedDict[tuple[str, str], dict[str, ImageFile]] = OrderedDict()
@@ -94,6 +95,7 @@ class Client:
         self._on_change = on_change
         self._release = release
         self._resume = resume
+        self._holding = holding
         self._channel: wire.Channel | None = None
         self._connected = trio.Event()
         self._ids = count(1)
@@ -207,7 +209,7 @@ class Client:
         )
 
     async def _talk(self, channel: wire.Channel) -> None:
-        await channel.send(wire.Hello(protocol=wire.PROTOCOL))
+        await channel.send(wire.Hello(protocol=wire.PROTOCOL, holding=self._holding()))
         welcome = await channel.receive()
         if not isinstance(welcome, wire.Welcome) or welcome.protocol != wire.PROTOCOL:
             raise Unreachable(f"the agent at {self._socket} speaks another protocol")

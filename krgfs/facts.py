@@ -16,6 +16,12 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGESIZE")
 
 
+def shown(raw: bytes) -> str:
+    """Write kernel bytes so that they stay on one line and can be told apart."""
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _read(path: str) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -278,6 +284,15 @@ def open_files(tasks: Iterable[Task]) -> tuple[OpenFile, ...]:
             users = (*(known.users if known else ()), (each.pid, fd))
             found[ident, target] = OpenFile(kind, ident, target, users)
     return tuple(found.values())
+
+
+def files_text(found: Iterable[OpenFile]) -> bytes:
+    """Write open files in Kerrighed's form, a line each: type|id|name|pid:fd[,pid:fd]."""
+    lines = []
+    for each in found:
+        users = ",".join(f"{pid}:{fd}" for pid, fd in each.users)
+        lines.append(f"{each.kind:<8}|{each.id}|{shown(each.name)}|{users}\n")
+    return "".join(lines).encode()
 
 
 def _kind_and_id(pid: int, fd: int, target: bytes) -> tuple[str, str]:

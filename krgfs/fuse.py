@@ -64,7 +64,11 @@ class Mount(pyfuse3.Operations):
         self.inodes = Inodes()
         self.blocked = Blocked()
         self.client = Client(
-            socket, on_change=self._changed, release=self._release, resume=self._resume
+            socket,
+            on_change=self._changed,
+            release=self._release,
+            resume=self._resume,
+            holding=lambda: [handle.job for handle in self.handles if handle.job],
         )
         self.handles = Handles(self.client, self.blocked, self._sight)
         self._hide_pids = hide_pids

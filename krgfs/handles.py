@@ -242,9 +242,10 @@ class Handles:
         if isinstance(command, Wait):
             await self._wait(handle, pid, start)
             return
-        accepted = await self._client.submit(
-            caller, place.row.verb, tree.path_of(place).rpartition("/")[0], text, start
-        )
+        with self._blocked.brief(caller):
+            accepted = await self._client.submit(
+                caller, place.row.verb, tree.path_of(place).rpartition("/")[0], text, start
+            )
         if isinstance(command, Freeze) and command.while_open:
             handle.job = accepted.job
         if accepted.member or _returns_at_once(command):

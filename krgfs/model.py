@@ -159,7 +159,8 @@ class Tree(Value, frozen=True, kw_only=True):
 
     There is one for every tree that was ever checkpointed, frozen, restarted or started on this
     boot and that is remembered; `outcomes` maps a verb to the line that its file reads back.
-    `inner_pid` differs from `pid` where the tree lives in a private pid namespace.
+    `inner_pid` differs from `pid` where the tree lives in a private pid namespace. `holder` is the
+    job whose open handle keeps it frozen (freeze while-open).
     """
 
     id: ProcessId
@@ -174,7 +175,9 @@ class Tree(Value, frozen=True, kw_only=True):
     last_job: int = 0
     ended: str = ""
     keeper: ProcessId | None = None
+    keeper_dir: str = ""
     inner_pid: int = 0
+    holder: int = 0
     outcomes: dict[str, str] = {}
 
     @property

@@ -11,13 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from . import VERSION, facts
 from .errors import name_of
+from .facts import shown
 from .model import App, Event, Image, Job, LogLine, Node, Phase, Tree, View, instant
-
-
-def shown(raw: bytes) -> str:
-    """Write kernel bytes so that they stay on one line and can be told apart."""
-    text = raw.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def flat(pairs: Mapping[str, object]) -> bytes:
@@ -90,14 +85,6 @@ def wait_state(pid: int, start: int, known: Tree | None) -> bytes:
     if known is not None and known.ended:
         return f"{known.ended}\n".encode()
     return b"running\n" if facts.is_alive(pid, start) else b"ended\n"
-
-
-def files(found: Iterable[facts.OpenFile]) -> bytes:
-    lines = []
-    for each in found:
-        users = ",".join(f"{pid}:{fd}" for pid, fd in each.users)
-        lines.append(f"{each.kind:<8}|{each.id}|{shown(each.name)}|{users}\n")
-    return "".join(lines).encode()
 
 
 def last_line(jobs: Iterable[Job]) -> bytes:

@@ -404,7 +404,7 @@ TABLE: tuple[Row, ...] = (
         Kind.STATE,
         0o400,
         "open files: type|id|name|pid:fd[,pid:fd]",
-        lambda sight, place: render.files(facts.open_files(facts.tree(place.args[1]))),
+        lambda sight, place: facts.files_text(facts.open_files(facts.tree(place.args[1]))),
         owner=_process_owner,
     ),
     Row(f"{_PROC}/job", Kind.LINK, 0o777, "the last job on this tree", _job_link, when=_has_job),

@@ -72,7 +72,6 @@ class Restart(Command, frozen=True, kw_only=True):
     image: ImageRef
     pid: str = "auto"
     cgroup: str = "own"
-    trust: bool = False
     run_async: bool = False
 
 
@@ -188,12 +187,6 @@ def one_of(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
-
-
-def _yes(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise ValueError(f"{text!r} is neither yes nor no")
-    return text == "yes"
 
 
 def _cgroup(text: str) -> str:
@@ -354,14 +347,6 @@ TABLE: dict[str, Verb] = {
                     _cgroup,
                     str,
                     "own|caller|/PATH",
-                ),
-                Word(
-                    "trust",
-                    "trust",
-                    "root only: take an image that this agent did not make",
-                    _yes,
-                    lambda on: "yes" if on else "no",
-                    "yes|no",
                 ),
                 _ASYNC,
             ),

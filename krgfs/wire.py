@@ -30,10 +30,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """First frame of a connection."""
+    """First frame of a connection. `holding` are the jobs (freeze while-open) whose handles are
+    open in this mount."""
 
     protocol: int
-    role: str = "mount"
+    holding: list[int] = []
 
 
 class Request(Message, frozen=True, kw_only=True):

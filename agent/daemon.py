@@ -1,0 +1,273 @@
+"""krg-agent(8): one per node, as root; keeps the images and drives CRIU for the mounts of its node.
+
+It listens on a unix socket. A mount, which runs as root, speaks for its callers; any other peer
+speaks for itself alone, as the kernel names it (SO_PEERCRED, unix(7)).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import logging
+import os
+import platform
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import click
+import trio
+from msgspec.structs import replace
+
+from krgfs import facts, wire
+from krgfs.errors import KrgError, Unreachable
+from krgfs.model import Caller, Tree
+
+from . import figures, keepers, recovery
+from .criu import Engine
+from .desk import Desk
+from .ends import Ends
+from .freezer import Freezer
+from .images import Images
+from .jobs import Jobs
+from .journal import Journal
+from .mounts import Mounts
+from .ops import freeze
+from .parts import Parts
+from .state import State
+from .store_sqlite import SqliteStore
+
+log = logging.getLogger("krg-agent")
+CLAIM_S = 10.0
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Agent:
+    """One running agent: `serve` answers mounts until cancelled."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._desk = Desk(parts)
+        self._claimed: set[int] = set()
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._thaw_unclaimed)
+            nursery.start_soon(figures.keep, self._parts)
+            await trio.serve_listeners(self._mount, [listener], handler_nursery=nursery)
+
+    async def _mount(self, stream: trio.SocketStream) -> None:
+        """Talk to one mount until it goes; no failure of it is the agent's."""
+        peer = _peer(stream)
+        channel = wire.Channel(stream, wire.ToAgent)
+        try:
+            await self._talk(channel, peer)
+        except* Unreachable as group:
+            log.info("mount.gone pid=%d reason=%s", peer.pid, group.exceptions[0])
+        except* Exception:
+            log.exception("mount.failed pid=%d", peer.pid)
+        finally:
+            self._parts.mounts.drop(channel)
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+
+    async def _talk(self, channel: wire.Channel, peer: Caller) -> None:
+        hello = await channel.receive()
+        if not isinstance(hello, wire.Hello) or hello.protocol != wire.PROTOCOL:
+            raise Unreachable(f"peer {peer.pid} does not speak protocol {wire.PROTOCOL}")
+        from krgfs import VERSION
+
+        await channel.send(
+            wire.Welcome(protocol=wire.PROTOCOL, node=self._parts.state.node.name, version=VERSION)
+        )
+        log.info("mount.came pid=%d uid=%d", peer.pid, peer.uid)
+        holding = set(hello.holding) if peer.is_root else set()
+        self._claimed |= holding
+        try:
+            async with trio.open_nursery() as nursery:
+                with self._parts.state.mounted() as changes:
+                    if peer.is_root:
+                        self._parts.mounts.add(channel)
+                    nursery.start_soon(_forward, changes, channel)
+                    await self._answer_all(channel, peer, nursery, holding)
+        finally:
+            with trio.CancelScope(shield=True):
+                for number in holding:
+                    await self._desk.closed(number)
+
+    async def _answer_all(
+        self, channel: wire.Channel, peer: Caller, nursery: trio.Nursery, holding: set[int]
+    ) -> None:
+        while True:
+            message = await channel.receive()
+            if isinstance(message, wire.Released):
+                self._parts.mounts.released(channel, message.ticket)
+                continue
+            if isinstance(message, wire.Hello):
+                raise Unreachable("a second hello")
+            if not peer.is_root:
+                message = replace(message, caller=peer)
+            nursery.start_soon(self._answer, channel, message, holding)
+
+    async def _answer(
+        self, channel: wire.Channel, request: wire.Request, holding: set[int]
+    ) -> None:
+        answer = await self._desk.answer(request)
+        if isinstance(answer, wire.Accepted) and isinstance(request, wire.Submit):
+            job = self._parts.jobs.get(answer.job)
+            if job is not None and "while-open" in job.job.words:
+                holding.add(answer.job)
+        if isinstance(request, wire.Closed):
+            holding.discard(request.job)
+        with suppress(Unreachable):
+            await channel.send(answer)
+
+    async def _thaw_unclaimed(self) -> None:
+        """Thaw what was frozen while-open through a handle that no mount has any more."""
+        before: list[Tree] = [known for known in self._parts.state.trees.values() if known.holder]
+        if not before:
+            return
+        await trio.sleep(CLAIM_S)
+        for known in before:
+            if known.holder not in self._claimed:
+                await freeze.thaw_record(self._parts, known, "nobody holds its file open any more")
+
+
+async def _forward(changes: trio.MemoryReceiveChannel[wire.Change], channel: wire.Channel) -> None:
+    async for change in changes:
+        await channel.send(change)
+    raise Unreachable("the mount fell behind")
+
+
+def _peer(stream: trio.SocketStream) -> Caller:
+    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(raw)
+    found = facts.ids(pid)
+    return Caller(uid=uid, gid=gid, groups=found.groups if found else (), pid=pid, tid=pid)
+
+
+@contextmanager
+def only_one(state_dir: str) -> Iterator[None]:
+    """Hold the state directory: two agents on one would undo each other's work."""
+    os.makedirs(state_dir, mode=0o755, exist_ok=True)
+    fd = os.open(os.path.join(state_dir, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(fd)
+        if exc.errno != errno.EWOULDBLOCK:
+            raise
+        raise click.ClickException(
+            f"another krg-agent runs on {state_dir}; end that one first (krg down)"
+        ) from exc
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+async def listen(path: str) -> trio.SocketListener:
+    """Listen on a unix socket that anybody may connect to; who it is is asked of the kernel."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await sock.bind(path)
+    os.chmod(path, 0o666)
+    sock.listen(128)
+    return trio.SocketListener(sock)
+
+
+@asynccontextmanager
+async def assembled(
+    state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str, nursery: trio.Nursery
+) -> AsyncIterator[Parts]:
+    """Put the parts of an agent together."""
+    for path, mode in (
+        (run_dir, 0o755),
+        (os.path.join(run_dir, "keepers"), 0o700),
+        (os.path.join(state_dir, "jobs"), 0o700),
+    ):
+        os.makedirs(path, mode=mode, exist_ok=True)
+    engine = await Engine.find(criu)
+    store = await SqliteStore.open(os.path.join(state_dir, "store.db"))
+    try:
+        state = State(store, node)
+        await state.load(facts.BOOT_ID)
+        yield Parts(
+            state=state,
+            journal=Journal(store, facts.BOOT_ID),
+            images=await Images.open(os.path.join(state_dir, "images")),
+            engine=engine,
+            freezer=Freezer.find(freezer),
+            mounts=Mounts(),
+            jobs=Jobs(state, nursery),
+            ends=Ends(state, nursery),
+            nursery=nursery,
+            engines=trio.CapacityLimiter(max(2, os.cpu_count() or 2)),
+            run_dir=run_dir,
+            state_dir=state_dir,
+            keeper=keepers.binary(),
+        )
+    finally:
+        with trio.CancelScope(shield=True):
+            await store.aclose()
+
+
+async def run(state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str) -> None:
+    """Be the agent until SIGTERM. Jobs that run then are left to the next agent, as after a crash:
+    nothing of a user is ended or waited for."""
+    async with trio.open_nursery() as nursery:
+
+        async def end_on_signal() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for number in signals:
+                    log.info("agent.ending signal=%d", number)
+                    nursery.cancel_scope.cancel()
+                    return
+
+        nursery.start_soon(end_on_signal)
+        async with assembled(state_dir, run_dir, node, criu, freezer, nursery) as parts:
+            await recovery.recover(parts)
+            await figures.show(parts)
+            listener = await listen(os.path.join(run_dir, "agent.sock"))
+            log.info(
+                "agent.up node=%s pid=%d criu=%s version=%s freezer=v%d",
+                node,
+                os.getpid(),
+                parts.engine.path,
+                parts.engine.version,
+                parts.freezer.hierarchy.version,
+            )
+            gc.freeze()
+            await Agent(parts).serve(listener)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--state", "state_dir", default="/var/lib/krgfs", show_default=True)
+@click.option("--run", "run_dir", default="/run/krgfs", show_default=True)
+@click.option("--node", default=lambda: platform.node().partition(".")[0], help="[the hostname]")
+@click.option("--criu", envvar="KRG_CRIU", help="the CRIU to use  [searched for]")
+@click.option("--freezer", type=click.Choice(["auto", "v1", "v2"]), default="auto")
+@click.option("--verbose", is_flag=True, help="log more")
+def main(
+    state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str, verbose: bool
+) -> None:
+    """Be this node's agent, in the foreground. See krg-agent(8)."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s krg-agent %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    if os.geteuid() != 0:
+        raise click.ClickException("krg-agent has to be root: it freezes and dumps processes")
+    with only_one(os.path.abspath(state_dir)):
+        try:
+            trio.run(run, os.path.abspath(state_dir), os.path.abspath(run_dir), node, criu, freezer)
+        except* KrgError as group:
+            log.error("agent.failed %s", group.exceptions[0])
+            raise SystemExit(1) from None
+    log.info("agent.down")

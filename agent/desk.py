@@ -1,0 +1,343 @@
+"""What a mount may ask for: each request checked against the caller and answered.
+
+Verbs become jobs; everything about images that is not a verb (apps, labels, imports, removal,
+reading) is done here at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import trio
+import zstandard
+from msgspec.structs import replace
+
+from krgfs import verbs, wire
+from krgfs.errors import BadWords, Busy, Damaged, Exists, Gone, KrgError, NotYours
+from krgfs.model import App, Caller, Image, Import, Tree
+from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
+
+from . import criu_words, names, procs
+from .jobs import Running
+from .ops import checkpoint, freeze, restart
+from .parts import Parts
+from .procs import ProcessTree
+
+log = logging.getLogger(__name__)
+
+
+class Desk:
+    """Answers requests of one kind of caller or another; knows no connection."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._state = parts.state
+
+    async def answer(self, request: wire.Request) -> wire.Message:
+        """Return the one answer to a request; refusals and failures are answers too."""
+        try:
+            return await self._do(request)
+        except KrgError as exc:
+            return wire.failure(request.id, exc)
+        except Exception as exc:
+            log.exception("request.crashed kind=%s", type(request).__name__)
+            text = f"{type(exc).__name__}: {exc}; the agent's log has more"
+            return wire.Failed(id=request.id, errno=KrgError.errno, message=text)
+
+    async def _do(self, request: wire.Request) -> wire.Message:
+        match request:
+            case wire.Submit():
+                return await self._submit(request)
+            case wire.Interrupt(job=number, caller=caller, fatal=fatal):
+                await self._parts.jobs.interrupted(number, caller, fatal)
+            case wire.Closed(job=number):
+                await self.closed(number)
+            case wire.JobLog(job=number, caller=caller):
+                return wire.Data(id=request.id, data=await self._job_log(number, caller))
+            case wire.ListFiles(app=app, name=name):
+                self._version(request.caller, app, name)
+                return wire.Files(id=request.id, files=await self._parts.images.files(app, name))
+            case wire.ReadFile():
+                self._version(request.caller, request.app, request.name)
+                data = await self._parts.images.read(
+                    request.app, request.name, request.file, request.offset, request.size
+                )
+                return wire.Data(id=request.id, data=data)
+            case _:
+                await self._change(request)
+        return wire.Done(id=request.id)
+
+    # -- verbs
+
+    async def _submit(self, request: wire.Submit) -> wire.Accepted:
+        command = verbs.parse(request.verb, request.text)
+        caller = request.caller
+        if isinstance(command, Cancel):
+            number = _number(request.object)
+            self._parts.jobs.mine(number, caller).cancel(f"uid {caller.uid} wrote to its cancel")
+            return wire.Accepted(id=request.id, job=number, member=True)
+        if isinstance(command, Restart):
+            job = await self._restart(request, command)
+            return wire.Accepted(id=request.id, job=job.id)
+        tree = procs.look(_number(request.object), request.start)
+        procs.may(caller, tree)
+        job = self._joined(request) or await self._on_tree(request, command, tree)
+        return wire.Accepted(id=request.id, job=job.id, member=job.member)
+
+    def _joined(self, request: wire.Submit) -> Running | None:
+        return self._parts.jobs.joinable(request.caller, request.verb, request.object, request.text)
+
+    async def _restart(self, request: wire.Submit, command: Restart) -> Running:
+        app, image = names.resolve(self._state, command.image)
+        _may_use(request.caller, app, image)
+        if joined := self._joined(request):
+            return joined
+        holds: frozenset[int | str] = frozenset({f"app {app.name}", f"image {image.ref}"})
+        return await self._parts.jobs.start(
+            request.verb,
+            request.object,
+            request.text,
+            request.caller,
+            holds,
+            lambda job: restart.restart(self._parts, job, app, image, command),
+            uid=image.uid,
+        )
+
+    async def _on_tree(self, request: wire.Submit, command: Command, tree: ProcessTree) -> Running:
+        holds: frozenset[int | str] = frozenset(tree.pids)
+        operation: Callable[[Running], Awaitable[str]]
+        match command:
+            case Checkpoint():
+                app = names.app_for(self._state, tree, command.name)
+                holds |= {f"app {app.name}"}
+                operation = partial(self._checkpoint, tree=tree, words=command)
+            case Freeze(on=True):
+                operation = partial(self._freeze, tree=tree, words=command)
+            case Freeze():
+                operation = partial(self._thaw, tree=tree, words=command)
+            case Signal():
+                holds = frozenset()
+                operation = partial(self._signal, tree=tree, words=command)
+            case _:
+                raise BadWords(f"{request.verb} is no verb of a process")
+        job = await self._parts.jobs.start(
+            request.verb,
+            request.object,
+            request.text,
+            request.caller,
+            holds,
+            operation,
+            uid=tree.credentials[tree.pid].uid,
+        )
+        job.member = procs.is_member(tree, request.caller.pid)
+        return job
+
+    async def _checkpoint(self, job: Running, tree: ProcessTree, words: Checkpoint) -> str:
+        return await checkpoint.checkpoint(self._parts, job, tree, words)
+
+    async def _freeze(self, job: Running, tree: ProcessTree, words: Freeze) -> str:
+        return await freeze.freeze(self._parts, job, tree, words)
+
+    async def _thaw(self, job: Running, tree: ProcessTree, words: Freeze) -> str:
+        return await freeze.thaw(self._parts, job, tree, words)
+
+    async def _signal(self, job: Running, tree: ProcessTree, words: Signal) -> str:
+        return await freeze.signal(self._parts, job, tree, words)
+
+    async def closed(self, number: int) -> None:
+        """The handle of a `freeze while-open` was closed: thaw, once the job is through."""
+        running = self._parts.jobs.get(number)
+        if running is not None:
+            await running.over.wait()
+        for known in tuple(self._state.trees.values()):
+            if known.holder == number:
+                await freeze.thaw_record(self._parts, known, "its file was closed")
+
+    async def _job_log(self, number: int, caller: Caller) -> bytes:
+        job = self._state.jobs.get(number)
+        if job is None:
+            raise Gone(f"there is no jobs/{number}")
+        if not caller.owns(job.uid):
+            raise NotYours(f"jobs/{number} belongs to uid {job.uid}")
+        running = self._parts.jobs.get(number)
+        said = running.said if running else await _kept_words(self._parts.job_log(number))
+        return f"{job.message}\n".encode() * bool(job.message) + said.encode()
+
+    # -- images
+
+    async def _change(self, request: wire.Request) -> None:
+        caller = request.caller
+        match request:
+            case wire.MakeApp(app=name):
+                await self._make_app(caller, name)
+            case wire.RemoveApp(app=name):
+                await self._remove_app(self._app(caller, name))
+            case wire.BeginImport(app=app, name=name):
+                await self._begin_import(caller, app, name)
+            case wire.WriteFile(app=app, name=name, file=file, offset=offset, data=data):
+                self._import(caller, app, name)
+                await self._parts.images.write_file(app, name, file, offset, data)
+            case wire.TruncateFile(app=app, name=name, file=file, size=size):
+                self._import(caller, app, name)
+                await self._parts.images.truncate_file(app, name, file, size)
+            case wire.RemoveFile(app=app, name=name, file=file):
+                self._import(caller, app, name)
+                await self._parts.images.remove_file(app, name, file)
+            case wire.CloseFile(app=app, name=name):
+                await self._close_file(caller, app, name)
+            case wire.CommitImport(app=app, name=name, to=to):
+                found = self._import(caller, app, name)
+                await self._finish_import(found, to)
+            case wire.RemoveVersion(app=app, name=name):
+                await self._remove_version(caller, app, name)
+            case wire.SetLabel(app=app, label=label, version=version):
+                await self._set_label(self._app(caller, app), label, version)
+            case wire.RemoveLabel(app=app, label=label):
+                known = self._app(caller, app)
+                labels = {name: n for name, n in known.labels.items() if name != label}
+                await self._state.commit(replace(known, labels=labels))
+            case _:
+                raise BadWords(f"{type(request).__name__} is no request")
+
+    def _app(self, caller: Caller, name: str) -> App:
+        app = self._state.apps.get(name)
+        if app is None:
+            raise Gone(f"there is no app {name}")
+        if not caller.owns(app.uid):
+            raise NotYours(f"{name} belongs to uid {app.uid}")
+        return app
+
+    def _version(self, caller: Caller, app: str, name: str) -> Image | Import:
+        self._app(caller, app)
+        match = VERSION.match(name)
+        image = self._state.images.get(app, {}).get(int(match[1])) if match else None
+        found = image or self._state.imports.get(app, {}).get(name)
+        if found is None:
+            raise Gone(f"there is no {app}/{name}")
+        return found
+
+    def _import(self, caller: Caller, app: str, name: str) -> Import:
+        found = self._version(caller, app, name)
+        if isinstance(found, Image):
+            raise NotYours(f"{app}/{name} is committed: an image is never changed")
+        return found
+
+    async def _make_app(self, caller: Caller, name: str) -> None:
+        _checked(verbs.app_name, name)
+        if name in self._state.apps:
+            raise Exists(f"there is an app {name} already")
+        await self._state.commit(App(name=name, uid=caller.uid, gid=caller.gid))
+
+    async def _remove_app(self, app: App) -> None:
+        self._parts.jobs.refuse_if_held(frozenset({f"app {app.name}"}))
+        if self._state.images.get(app.name) or self._state.imports.get(app.name):
+            raise Busy(f"{app.name} has images; remove them first (rm -r)")
+        await self._state.commit(delete=[app])
+
+    async def _begin_import(self, caller: Caller, app: str, name: str) -> None:
+        known = self._app(caller, app)
+        number = name.removesuffix(".part")
+        if not VERSION.match(number):
+            raise BadWords(f"{name!r} is not a version: copy into v1, v2 ... or v1.part")
+        for taken in (name, number, f"{number}.part"):
+            if taken in self._state.imports.get(app, {}) or self._committed(app, taken):
+                raise Exists(f"{app} has a {taken} already; copy to another version")
+        await self._parts.images.begin_import(app, name, known.uid, known.gid)
+        await self._state.commit(
+            Import(app=app, name=name, uid=known.uid, gid=known.gid, created=time.time())
+        )
+
+    def _committed(self, app: str, name: str) -> bool:
+        match = VERSION.match(name)
+        return bool(match) and int(match[1]) in self._state.images.get(app, {})  # type: ignore[index]
+
+    async def _close_file(self, caller: Caller, app: str, name: str) -> None:
+        """A copy made earlier is complete when all that its manifest names is there and matches."""
+        found = self._state.imports.get(app, {}).get(name)
+        if found is None or name.endswith(".part"):
+            return
+        self._import(caller, app, name)
+        if await self._parts.images.import_complete(app, name) is not None:
+            await self._finish_import(found, name)
+
+    async def _finish_import(self, found: Import, to: str) -> None:
+        app = self._state.apps[found.app]
+        number = int(to[1:])
+        if number in self._state.images.get(found.app, {}):
+            raise Exists(f"{found.app} has a v{number} already")
+        sealed = await self._parts.images.finish_import(found.app, found.name, number)
+        image = names.image_of(sealed, own=False)
+        await self._state.commit(image, names.with_version(app, number), delete=[found])
+        self._state.event("image.imported", app.uid, image=image.ref)
+
+    async def _remove_version(self, caller: Caller, app: str, name: str) -> None:
+        found = self._version(caller, app, name)
+        if isinstance(found, Import):
+            await self._state.commit(delete=[found])
+            await self._parts.images.remove_import(app, name)
+            return
+        labels = [k for k, n in self._state.apps[app].labels.items() if n == found.version]
+        if labels:
+            raise Busy(f"{found.ref} is pinned by the label {labels[0]}; rm the label first")
+        self._parts.jobs.refuse_if_held(frozenset({f"image {found.ref}"}))
+        # ---- commit: the image is gone; its data is removed now, or at the next start
+        await self._state.commit(delete=[found])
+        with trio.CancelScope(shield=True):
+            await self._parts.images.remove(app, found.version)
+        self._state.event("image.removed", found.uid, image=found.ref)
+
+    async def _set_label(self, app: App, label: str, version: str) -> None:
+        _checked(verbs.label_name, label)
+        match = VERSION.match(version)
+        if not match or int(match[1]) not in self._state.images.get(app.name, {}):
+            raise Gone(f"{app.name} has no {version!r}; a label points at a version: ln -s v3 NAME")
+        if label in app.labels:
+            raise Exists(f"{app.name} has a label {label} already; rm it first")
+        await self._state.commit(replace(app, labels={**app.labels, label: int(match[1])}))
+
+
+def unclaimed(trees: dict[int, Tree], claimed: set[int]) -> list[Tree]:
+    """Return the trees that are frozen while-open by a handle that no mount holds any more."""
+    return [known for known in trees.values() if known.holder and known.holder not in claimed]
+
+
+def _may_use(caller: Caller, app: App, image: Image) -> None:
+    if not caller.owns(image.uid):
+        raise NotYours(f"{image.ref} belongs to uid {image.uid}")
+    if not image.own and not caller.is_root:
+        raise NotYours(
+            f"{image.ref} was not made by this agent: only root may restart it, because restoring "
+            "gives back the uids and capabilities that it names"
+        )
+    if image.damaged:
+        raise Damaged(f"{image.ref} is damaged: {image.damaged}; take another version")
+
+
+def _checked(check: Callable[[str], str], text: str) -> None:
+    try:
+        check(text)
+    except ValueError as exc:
+        raise BadWords(str(exc)) from exc
+
+
+def _number(object: str) -> int:
+    """Return the pid or job number that an object's path ends in."""
+    last = object.rpartition("/")[2]
+    if not last.isdecimal():
+        raise BadWords(f"{object!r} is neither a process nor a job")
+    return int(last)
+
+
+async def _kept_words(path: str) -> str:
+    def read() -> str:
+        try:
+            with open(path, "rb") as file:
+                raw = zstandard.ZstdDecompressor().decompress(file.read())
+        except FileNotFoundError:
+            return ""
+        return criu_words.lines_that_matter(raw.decode(errors="replace"))
+
+    return await trio.to_thread.run_sync(read)

@@ -1,0 +1,58 @@
+"""Notices when a tree's root ends: one task waits on a pidfd for each tree that has a record.
+
+For a tree under a keeper the exit status is kept; of any other only that it has ended is known (its
+status is its parent's).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import trio
+
+from krgfs.errors import KrgError
+from krgfs.model import ProcessId, Tree, TreeState
+
+from . import keepers, procs
+from .state import State
+
+log = logging.getLogger(__name__)
+
+
+class Ends:
+    """The watch over all trees that the agent has dealt with."""
+
+    def __init__(self, state: State, nursery: trio.Nursery) -> None:
+        self._state = state
+        self._nursery = nursery
+        self._watched: set[ProcessId] = set()
+
+    def watch(self, tree: Tree) -> None:
+        """Note in its record when the tree ends. Watching one twice is watching it once."""
+        if tree.ended or tree.id in self._watched:
+            return
+        self._watched.add(tree.id)
+        self._nursery.start_soon(self._until_ended, tree)
+
+    async def _until_ended(self, tree: Tree) -> None:
+        how = "ended"
+        try:
+            if tree.keeper is not None:
+                how = await keepers.ended(tree.keeper_dir, tree.id)
+            else:
+                await procs.ended(tree.id)
+        finally:
+            self._watched.discard(tree.id)
+        known = self._state.tree(tree.id.pid, tree.id.start)
+        if known is None or known.ended:
+            return
+        ended = msgspec.structs.replace(known, state=TreeState.ENDED, ended=how)
+        try:
+            if known.app or known.keeper is not None:
+                await self._state.commit(ended)
+            else:
+                await self._state.commit(delete=[known])
+        except KrgError as exc:
+            log.error("tree.end_unwritten pid=%d reason=%r", tree.pid, exc.message)
+        self._state.event("tree.ended", tree.uid, pid=tree.pid, app=tree.app, how=how)

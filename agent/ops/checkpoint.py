@@ -1,0 +1,280 @@
+"""checkpoint: an image of a tree, and what becomes of the tree afterwards.
+
+With then=run CRIU itself brings the tasks to rest and lets them go as soon as it has their memory.
+For every other `then`, and for a tree that its user has frozen, the tree is held by its cgroup until
+the image is committed, so that it does nothing that the image does not know of.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal as signals
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+from msgspec.structs import replace
+
+from krgfs import facts
+from krgfs.errors import Fate, KrgError, Unsupported, name_of
+from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
+from krgfs.verbs import Checkpoint, Then
+
+from .. import criu, images, names, outside, procs
+from ..images import Manifest, Spool
+from ..jobs import Running
+from ..journal import EngineRunning, OpenIntent, SpoolOpened, VersionPending
+from ..outside import End
+from ..parts import Parts
+from ..procs import ProcessTree
+from . import freeze
+
+
+async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Checkpoint) -> str:
+    """Make an image of the tree; returns APP/vN. Any failure leaves the tree as it was."""
+    known = freeze.record_of(parts, tree)
+    app = names.app_for(parts.state, tree, words.name)
+    await _remember(parts, tree, last_job=job.id, line=f"running jobs/{job.id}")
+    try:
+        _refuse_orphans(tree, words)
+        ends = await trio.to_thread.run_sync(outside.ends, tree)
+        async with parts.engines, parts.journal.intent(job.id, "checkpoint") as intent:
+            tree = procs.look(tree.id.pid, tree.id.start)
+            async with _held(parts, job, tree, words.then, known) as frozen:
+                image = await _make_image(parts, job, tree, words, app, ends, frozen, intent)
+                await _afterwards(parts, job, tree, words.then, frozen)
+    except BaseException as exc:
+        if isinstance(exc, KrgError) and exc.fate is None:
+            exc.fate = procs.fate(tree)
+        with trio.CancelScope(shield=True):
+            await _note_failure(parts, tree, exc)
+        raise
+    return image.ref
+
+
+@asynccontextmanager
+async def _held(
+    parts: Parts, job: Running, tree: ProcessTree, then: Then, known: Tree
+) -> AsyncIterator[Frozen | None]:
+    """Hold the tree while its image is made, unless it only has to run on; left by an error, it is
+    as it was before."""
+    if known.state is TreeState.FROZEN and known.frozen is not None:
+        job.frozen = True
+        yield known.frozen
+        return
+    if then.kind == "run":
+        async with parts.mounts.release(tree.pids):
+            yield None
+        return
+    frozen = await freeze.hold(parts, job, tree)
+    try:
+        yield frozen
+    except BaseException:
+        await freeze.let_go(parts, tree, frozen)
+        raise
+
+
+async def _make_image(
+    parts: Parts,
+    job: Running,
+    tree: ProcessTree,
+    words: Checkpoint,
+    app: App,
+    ends: list[End],
+    frozen: Frozen | None,
+    intent: OpenIntent,
+) -> Image:
+    spool_facts = SpoolOpened(os.path.join(parts.images.root, app.name, f".spool-{job.id}"))
+    await intent.note(spool_facts)
+    async with parts.images.spool(job.id, app.name) as spool:
+        report = await _dump(parts, job, tree, words, ends, frozen, spool, intent)
+        version = parts.state.apps.get(app.name, app).next_version
+        manifest = _manifest(parts, tree, words, app, version, ends, report)
+        job.phase(Phase.STORING, freeze_ms=report.frozen_ms)
+        sealed = await spool.seal(
+            manifest,
+            description=_description(manifest),
+            user_info=facts.files_text(facts.open_files(tree.tasks)).decode(),
+        )
+        # ---- commit: the record makes the image; before it everything is undone
+        with trio.CancelScope(shield=True):
+            await intent.note(VersionPending(app.name, version))
+            sealed = await spool.publish(version)
+            image = await _commit(parts, job, tree, app, sealed)
+    parts.state.count("krg_freeze_seconds_sum", report.frozen_ms / 1000)
+    parts.state.count("krg_freeze_seconds_count")
+    return image
+
+
+async def _dump(
+    parts: Parts,
+    job: Running,
+    tree: ProcessTree,
+    words: Checkpoint,
+    ends: list[End],
+    frozen: Frozen | None,
+    spool: Spool,
+    intent: OpenIntent,
+) -> criu.DumpReport:
+    async def started(pid: int, start: int) -> None:
+        job.frozen = True
+        await intent.note(EngineRunning(pid, start))
+
+    job.phase(Phase.DUMPING, bytes_total=tree.rss_bytes)
+    options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
+    try:
+        return await criu.dump(parts.engine, tree, spool.path, options, started, job.progress)
+    finally:
+        with trio.CancelScope(shield=True):
+            job.said = await criu.kept_words(spool.path, parts.job_log(job.id))
+
+
+async def _commit(
+    parts: Parts, job: Running, tree: ProcessTree, app: App, sealed: Manifest
+) -> Image:
+    image = names.image_of(sealed, own=True)
+    lives = replace(
+        names.with_version(parts.state.apps.get(app.name, app), image.version),
+        incarnation=tree.id,
+        members=tuple(each for each in tree.ids if each != tree.id),
+    )
+    known = freeze.record_of(parts, tree)
+    told = replace(
+        known,
+        app=app.name,
+        last_image=image.ref,
+        last_error="",
+        last_job=job.id,
+        outcomes={**known.outcomes, "checkpoint": image.ref},
+    )
+    try:
+        await parts.state.commit(image, lives, told)
+    except BaseException:
+        await parts.images.remove(image.app, image.version)
+        raise
+    parts.ends.watch(told)
+    parts.state.event("image.committed", image.uid, image=image.ref, pid=tree.pid)
+    return image
+
+
+async def _afterwards(
+    parts: Parts, job: Running, tree: ProcessTree, then: Then, frozen: Frozen | None
+) -> None:
+    """Do with the tree what `then` says. The image is committed: nothing of it is undone."""
+    if then.kind == "run" or frozen is None:
+        return
+    with trio.CancelScope(shield=True):
+        job.phase(Phase.FINISHING)
+        if then.kind == "freeze":
+            await freeze.update(
+                parts, tree, state=TreeState.FROZEN, frozen=frozen, frozen_since=time.time()
+            )
+            return
+        if then.kind == "kill" and then.signal == signals.SIGKILL:
+            await parts.freezer.kill(frozen, tree)
+            await procs.gone(tree.ids)
+            return
+        procs.send(tree, signals.SIGSTOP if then.kind == "stop" else then.signal)
+        await freeze.let_go(parts, tree, frozen)
+
+
+def _refuse_orphans(tree: ProcessTree, words: Checkpoint) -> None:
+    if words.orphans == "drop":
+        return
+    found = procs.orphans(tree)
+    if found:
+        told = "; ".join(f"{procs.title(task)}: {why}" for task, why in found[:5])
+        raise Unsupported(
+            f"{len(found)} tasks belong to the tree {tree.pid} but hang elsewhere ({told}); "
+            "they would be lost: checkpoint the process above them, or write orphans=drop",
+            fate=Fate.RUNNING,
+        )
+
+
+def _manifest(
+    parts: Parts,
+    tree: ProcessTree,
+    words: Checkpoint,
+    app: App,
+    version: int,
+    ends: list[End],
+    report: criu.DumpReport,
+) -> Manifest:
+    uname = platform.uname()
+    inner = {task.pid: _inner(tree, task.pid) for task in tree.tasks}
+    return Manifest(
+        app=app.name,
+        version=version,
+        node=parts.state.node.name,
+        created=time.time(),
+        uid=app.uid,
+        gid=app.gid,
+        desc=words.desc,
+        root=tree.inner_root,
+        tree=tuple(_task(tree, task, inner) for task in tree.tasks),
+        then=words.then.kind,
+        tcp=words.tcp,
+        criu=parts.engine.version,
+        options=tuple((" ".join(option.words), option.reason) for option in report.options),
+        kernel=uname.release,
+        arch=uname.machine,
+        boot=facts.BOOT_ID,
+        cwd=os.fsdecode(facts.link(tree.pid, "cwd")),
+        ends=tuple(
+            images.End(kind=end.kind, id=end.id, pid=end.pid, fd=end.fd, mode=end.mode)
+            for end in ends
+        ),
+        freeze_ms=report.frozen_ms,
+        timings=report.timings,
+    )
+
+
+def _inner(tree: ProcessTree, pid: int) -> int:
+    found = tree.credentials.get(pid)
+    return found.ns_pids[-1] if found and found.ns_pids else pid
+
+
+def _task(tree: ProcessTree, task: facts.Task, inner: dict[int, int]) -> images.Task:
+    found = tree.credentials.get(task.pid)
+    return images.Task(
+        pid=inner[task.pid],
+        start=task.start,
+        ppid=inner.get(task.ppid, 0),
+        sid=inner.get(task.sid, task.sid),
+        pgrp=inner.get(task.pgrp, task.pgrp),
+        uid=found.uid if found else -1,
+        gid=found.gid if found else -1,
+        comm=os.fsdecode(task.comm),
+        tids=tuple(tree.threads.get(task.pid, ())),
+    )
+
+
+def _description(manifest: Manifest) -> str:
+    lines = {
+        "Identifier": manifest.app,
+        "Version": manifest.version,
+        "Description": manifest.desc or "No description",
+        "Date": int(manifest.created),
+    }
+    return "".join(f"{key}: {value}\n" for key, value in lines.items())
+
+
+async def _remember(parts: Parts, tree: ProcessTree, last_job: int, line: str) -> None:
+    known = freeze.record_of(parts, tree)
+    parts.state.show(
+        replace(known, last_job=last_job, outcomes={**known.outcomes, "checkpoint": line})
+    )
+
+
+async def _note_failure(parts: Parts, tree: ProcessTree, exc: BaseException) -> None:
+    known = freeze.record_of(parts, tree)
+    error = str(exc) if isinstance(exc, KrgError) else "cancelled"
+    line = f"error {error}"
+    if isinstance(exc, KrgError):
+        line = f"error {name_of(exc.errno)} {exc.message}"
+    await parts.state.commit(
+        replace(known, last_error=error, outcomes={**known.outcomes, "checkpoint": line})
+    )
+    parts.ends.watch(known)

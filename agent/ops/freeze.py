@@ -1,0 +1,157 @@
+"""freeze, thaw and signal: what holds a tree still between jobs, until it is told to go on.
+
+What a user froze stays frozen until `0`, also over a restart of the agent; `for=` and `while-open`
+thaw by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal as signals
+import time
+
+import msgspec
+import trio
+
+from krgfs.errors import KrgError, PartOfIt
+from krgfs.model import Frozen, Phase, Tree, TreeState
+from krgfs.verbs import Freeze, Signal, signal_name
+
+from .. import procs
+from ..jobs import Running
+from ..parts import Parts
+from ..procs import ProcessTree
+
+log = logging.getLogger(__name__)
+REST_S = 5.0
+
+
+def record_of(parts: Parts, tree: ProcessTree) -> Tree:
+    """Return what is known of a tree, a fresh record for one that nobody dealt with yet."""
+    known = parts.state.tree(tree.id.pid, tree.id.start)
+    uid = tree.credentials[tree.pid].uid
+    return known or Tree(id=tree.id, uid=uid, inner_pid=tree.inner_root)
+
+
+async def update(parts: Parts, tree: ProcessTree, **fields: object) -> Tree:
+    """Write facts into a tree's record; durable on return."""
+    changed = msgspec.structs.replace(record_of(parts, tree), **fields)
+    await parts.state.commit(changed)
+    parts.ends.watch(changed)
+    return changed
+
+
+async def hold(parts: Parts, job: Running, tree: ProcessTree) -> Frozen:
+    """Freeze a tree by its cgroup: how is in its record before anything is done.
+
+    The tasks that wait in /krg are answered first. Any failure leaves the tree running.
+    """
+
+    async def record(frozen: Frozen) -> None:
+        await update(parts, tree, frozen=frozen)
+
+    job.phase(Phase.FREEZING)
+    try:
+        async with parts.mounts.release(tree.pids):
+            with trio.fail_after(REST_S):
+                frozen = await parts.freezer.freeze(tree, f"{tree.pid}.{job.id}", record)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await update(parts, tree, frozen=None, state=TreeState.RUNNING)
+        raise
+    job.frozen = True
+    return frozen
+
+
+async def let_go(parts: Parts, tree: ProcessTree, frozen: Frozen) -> None:
+    """Thaw a tree and write that down; not cut short by cancellation."""
+    with trio.CancelScope(shield=True):
+        await parts.freezer.thaw(frozen)
+        await update(
+            parts,
+            tree,
+            frozen=None,
+            frozen_since=0.0,
+            frozen_until=0.0,
+            holder=0,
+            state=TreeState.RUNNING,
+        )
+    parts.state.event("tree.thawed", record_of(parts, tree).uid, pid=tree.pid)
+
+
+async def freeze(parts: Parts, job: Running, tree: ProcessTree, words: Freeze) -> str:
+    """Freeze the tree until it is told otherwise."""
+    if job.member:
+        raise PartOfIt(
+            f"process {job.caller.pid} is part of the tree {tree.pid} that it asks to freeze: "
+            "nobody would be left to write 0; write it from outside the tree"
+        )
+    known = record_of(parts, tree)
+    frozen = known.frozen if known.state is TreeState.FROZEN else None
+    if frozen is None:
+        frozen = await hold(parts, job, tree)
+    now = time.time()
+    # ---- commit: from here the tree is frozen by its user, until 0
+    with trio.CancelScope(shield=True):
+        await update(
+            parts,
+            tree,
+            frozen=frozen,
+            state=TreeState.FROZEN,
+            frozen_since=known.frozen_since or now,
+            frozen_until=now + words.for_s if words.for_s else 0.0,
+            holder=job.id if words.while_open else 0,
+            last_job=job.id,
+            outcomes={**known.outcomes, "freeze": "frozen"},
+        )
+    parts.state.event("tree.frozen", known.uid, pid=tree.pid)
+    if words.for_s:
+        parts.nursery.start_soon(thaw_at, parts, record_of(parts, tree))
+    return "frozen"
+
+
+async def thaw(parts: Parts, job: Running, tree: ProcessTree, words: Freeze) -> str:
+    """Let a frozen tree go on; one that runs already stays as it is."""
+    known = record_of(parts, tree)
+    if words.signal:
+        procs.send(tree, words.signal)
+    if known.frozen is not None:
+        job.phase(Phase.FINISHING)
+        await let_go(parts, tree, known.frozen)
+    return "running"
+
+
+async def thaw_at(parts: Parts, known: Tree) -> None:
+    """Thaw a tree at its time, unless somebody has given it another one meanwhile."""
+    await trio.sleep(max(0.0, known.frozen_until - time.time()))
+    now = parts.state.tree(known.id.pid, known.id.start)
+    if now is not None and now.frozen_until == known.frozen_until:
+        await thaw_record(parts, now, "its time is over")
+
+
+async def thaw_record(parts: Parts, known: Tree, why: str) -> None:
+    """Thaw what a record says is frozen, whoever asked for it."""
+    if known.frozen is None:
+        return
+    log.info("tree.thawing pid=%d reason=%r", known.pid, why)
+    try:
+        await let_go(parts, procs.look(known.id.pid, known.id.start), known.frozen)
+    except KrgError as exc:
+        log.warning("tree.not_thawed pid=%d reason=%r", known.pid, exc.message)
+        await parts.freezer.thaw(known.frozen)
+        await parts.state.commit(
+            msgspec.structs.replace(known, frozen=None, state=TreeState.ENDED, ended="ended")
+        )
+
+
+async def signal(parts: Parts, job: Running, tree: ProcessTree, words: Signal) -> str:
+    """Send a signal to every task; KILL also ends a tree that is frozen."""
+    known = parts.state.tree(tree.id.pid, tree.id.start)
+    if known is not None and known.frozen is not None and words.number == signals.SIGKILL:
+        await parts.freezer.kill(known.frozen, tree)
+    else:
+        procs.send(tree, words.number)
+    line = f"sent {signal_name(words.number)} to {len(tree.live)} tasks"
+    fresh = record_of(parts, tree)
+    await update(parts, tree, last_job=job.id, outcomes={**fresh.outcomes, "signal": line})
+    return line

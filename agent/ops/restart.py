@@ -1,0 +1,141 @@
+"""restart: an image comes back to life, with its pids or in a private pid namespace.
+
+The tree is restored under a keeper, which is its parent from the first instruction on and keeps its
+exit status. At most one incarnation of an app lives.
+"""
+
+from __future__ import annotations
+
+import os
+
+import trio
+from msgspec.structs import replace
+
+from krgfs import facts
+from krgfs.errors import Damaged, EngineFailed, Exists, Fate, Gone
+from krgfs.model import App, Image, Phase, ProcessId, Tree
+from krgfs.verbs import Restart
+
+from .. import criu, keepers, names, procs
+from ..images import Manifest
+from ..jobs import Running
+from ..journal import EngineRunning, KeeperStarted
+from ..keepers import Launched
+from ..parts import Parts
+
+ZOMBIE_S = 10.0
+
+
+async def restart(parts: Parts, job: Running, app: App, image: Image, words: Restart) -> str:
+    """Bring an image back to life; returns `pid N`. A failure leaves no task of it."""
+    _refuse_second_life(app)
+    async with parts.images.held(image.app, image.version) as path:
+        job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
+        await _refuse_damaged(parts, image)
+        manifest = await parts.images.manifest(image.app, image.version)
+        private = await _private(manifest, words)
+        async with parts.engines, parts.journal.intent(job.id, "restart") as intent:
+            directory = keepers.directory(parts.run_dir, job.id)
+
+            async def started(pid: int, start: int) -> None:
+                await intent.note(
+                    EngineRunning(pid, start), KeeperStarted(pid, start, directory)
+                )
+
+            plan = criu.restore_plan(
+                parts.engine, manifest, path, words, job.caller, private, directory
+            )
+            with trio.CancelScope(shield=True):
+                try:
+                    launched = await keepers.launch(parts.keeper, directory, plan, started)
+                finally:
+                    job.said = await criu.kept_words(directory, parts.job_log(job.id))
+                # ---- commit: the tree runs; from here it is the app's incarnation
+                line = await _commit(parts, job, app, image, launched, directory)
+    return line
+
+
+async def adopt(parts: Parts, running: Running, directory: str) -> str:
+    """Take over a tree whose restore an earlier agent had begun; '' when it did not come to life."""
+    launched = await keepers.launched(directory)
+    if launched is None or not facts.is_alive(launched.root.pid, launched.root.start):
+        return ""
+    image_ref = criu.image_of_keeper(directory)
+    app, image = names.resolve(parts.state, image_ref)
+    return await _commit(parts, running, app, image, launched, directory)
+
+
+def _refuse_second_life(app: App) -> None:
+    other = names.living(app)
+    if other is not None:
+        raise Exists(
+            f"{app.name} lives already as process {other.pid}; end that one first "
+            f"(echo KILL > /krg/procs/{other.pid}/signal), or checkpoint it with then=kill"
+        )
+
+
+async def _refuse_damaged(parts: Parts, image: Image) -> None:
+    wrong = await parts.images.verify(image.app, image.version)
+    if wrong:
+        parts.state.show(replace(image, damaged=wrong))
+        raise Damaged(f"{image.ref} is damaged: {wrong}; take another version")
+
+
+async def _private(manifest: Manifest, words: Restart) -> bool:
+    """Tell whether the tree needs a pid namespace of its own. A zombie that still holds a pid is
+    waited for; a foreign process that does decides by pid=."""
+    if words.pid == "new":
+        return True
+    wanted = {pid for task in manifest.tree for pid in (task.pid, *task.tids)}
+    with trio.move_on_after(ZOMBIE_S):
+        while zombies := [task for _, task in criu.clashes(wanted) if task.is_zombie]:
+            await procs.gone([procs.process_id(task) for task in zombies])
+    foreign = criu.clashes(wanted)
+    if not foreign:
+        return False
+    if words.pid == "keep":
+        pid, holder = foreign[0]
+        raise Exists(
+            f"pid {pid} of {manifest.ref} is held by {procs.title(holder)} of uid "
+            f"{(facts.owner(holder.pid) or ('?',))[0]}; write pid=new (or auto) for a private "
+            "pid namespace, or end that process"
+        )
+    return True
+
+
+async def _commit(
+    parts: Parts, job: Running, app: App, image: Image, launched: Launched, directory: str
+) -> str:
+    root = launched.root
+    tasks = facts.tree(root.pid)
+    if not tasks:
+        raise Gone(f"{image.ref} was restored as process {root.pid} and has ended at once")
+    known = Tree(
+        id=root,
+        uid=image.uid,
+        app=app.name,
+        last_image=image.ref,
+        last_job=job.id,
+        keeper=launched.keeper,
+        keeper_dir=directory,
+        inner_pid=launched.inner_pid,
+        outcomes={"checkpoint": f"restarted {image.ref}"},
+    )
+    current = parts.state.apps.get(app.name, app)
+    lives = replace(
+        current,
+        incarnation=root,
+        members=tuple(_id(task) for task in tasks[1:]),
+    )
+    try:
+        await parts.state.commit(known, lives)
+    except BaseException:
+        procs.kill(procs.look(root.pid, root.start))
+        raise
+    parts.ends.watch(known)
+    parts.state.event("tree.restarted", image.uid, image=image.ref, pid=root.pid)
+    return f"pid {root.pid}"
+
+
+def _id(task: facts.Task) -> ProcessId:
+    return ProcessId(pid=task.pid, start=task.start, boot=facts.BOOT_ID)
