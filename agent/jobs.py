@@ -82,12 +82,15 @@ class Running:
         """The caller who was interrupted has come back."""
         self._wanted_until = None
 
-    async def cancel_unless_wanted(self) -> None:
-        """Cancel after a moment, unless the same caller asks for the same again meanwhile."""
-        self._wanted_until = mark = trio.current_time() + GRACE_S
-        with trio.move_on_at(mark):
+    def unwanted(self) -> float:
+        """The caller was interrupted; returns when to cancel if it does not come back."""
+        self._wanted_until = trio.current_time() + GRACE_S
+        return self._wanted_until
+
+    async def cancel_unless_wanted(self, until: float) -> None:
+        with trio.move_on_at(until):
             await self.over.wait()
-        if self._wanted_until == mark:
+        if self._wanted_until == until:
             self.cancel("its caller was interrupted")
 
 
@@ -240,4 +243,4 @@ class Jobs:
         if fatal:
             running.cancel("a signal ended its caller")
         else:
-            self._nursery.start_soon(running.cancel_unless_wanted)
+            self._nursery.start_soon(running.cancel_unless_wanted, running.unwanted())

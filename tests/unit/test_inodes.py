@@ -1,0 +1,51 @@
+"""Inode numbers: stable for what is read, fresh for what is written, never used twice."""
+
+from __future__ import annotations
+
+from krgfs import tree
+from krgfs.inodes import Inodes
+from krgfs.tree import Place
+
+ROWS = {row.path: row for row in tree.TABLE}
+STATUS = Place(ROWS["nodes/NODE/procs/PID/status"], ("n1", 42, 1000))
+VERB = Place(ROWS["nodes/NODE/procs/PID/checkpoint"], ("n1", 42, 1000))
+
+
+def test_a_state_file_keeps_its_number_while_the_kernel_knows_it() -> None:
+    inodes = Inodes()
+    first = inodes.looked_up(STATUS)
+    assert inodes.looked_up(STATUS) == first
+    assert inodes.place(first) == STATUS
+    inodes.forget(first, 1)
+    assert inodes.looked_up(STATUS) == first
+    inodes.forget(first, 2)
+    assert inodes.looked_up(STATUS) > first
+
+
+def test_a_verb_file_is_fresh_at_every_lookup() -> None:
+    inodes = Inodes()
+    first, second = inodes.looked_up(VERB), inodes.looked_up(VERB)
+    assert first != second
+    assert inodes.place(first) == inodes.place(second) == VERB
+
+
+def test_a_pinned_verb_file_shows_the_number_that_is_open() -> None:
+    inodes = Inodes()
+    opened = inodes.looked_up(VERB)
+    inodes.pin(VERB, opened)
+    assert inodes.looked_up(VERB) == opened
+    inodes.unpin(VERB)
+    assert inodes.looked_up(VERB) != opened
+
+
+def test_another_process_with_the_pid_is_another_file() -> None:
+    inodes = Inodes()
+    other = Place(STATUS.row, ("n1", 42, 2000))
+    assert inodes.looked_up(STATUS) != inodes.looked_up(other)
+
+
+def test_an_entry_that_did_not_fit_leaves_nothing() -> None:
+    inodes = Inodes()
+    shown = inodes.shown(STATUS)
+    inodes.drop_unused(shown)
+    assert inodes.number(STATUS) is None
