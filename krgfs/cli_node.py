@@ -106,11 +106,13 @@ def down(ctx: click.Context, state: str, run: str, mount: str | None, as_json: b
 def down_line(found: service.Down) -> str:
     """Return what `down` says: what it ended, and what goes on."""
     text = "krgfs is down" if found.ended else "krgfs was not up"
-    if found.kept:
-        text += f"; {found.kept} restarted tree{'s' * (found.kept > 1)} under a keeper stay"
-        text += "s" * (found.kept == 1)
+    if found.kept == 1:
+        text += "; 1 restarted tree lives on under its keeper"
+    elif found.kept:
+        text += f"; {found.kept} restarted trees live on under their keepers"
     if found.frozen:
-        text += f"; {found.frozen} stay{'s' * (found.frozen == 1)} frozen until `krg up; krg thaw`"
+        stay = "tree stays" if found.frozen == 1 else "trees stay"
+        text += f"; {found.frozen} {stay} frozen until `krg up` and `krg thaw`"
     return text
 
 
