@@ -23,7 +23,7 @@ import click
 import trio
 from msgspec.structs import replace
 
-from krgfs import facts, wire
+from krgfs import VERSION, facts, wire
 from krgfs.errors import KrgError, Unreachable
 from krgfs.model import Caller, Tree
 
@@ -38,7 +38,7 @@ from .journal import Journal
 from .mounts import Mounts
 from .ops import freeze
 from .parts import Parts
-from .state import State
+from .state import Outbox, State
 from .store_sqlite import SqliteStore
 
 log = logging.getLogger("krg-agent")
@@ -79,8 +79,6 @@ class Agent:
         hello = await channel.receive()
         if not isinstance(hello, wire.Hello) or hello.protocol != wire.PROTOCOL:
             raise Unreachable(f"peer {peer.pid} does not speak protocol {wire.PROTOCOL}")
-        from krgfs import VERSION
-
         await channel.send(
             wire.Welcome(protocol=wire.PROTOCOL, node=self._parts.state.node.name, version=VERSION)
         )
@@ -89,18 +87,23 @@ class Agent:
         self._claimed |= holding
         try:
             async with trio.open_nursery() as nursery:
-                with self._parts.state.mounted() as changes:
+                with self._parts.state.mounted() as (outbox, messages):
                     if peer.is_root:
                         self._parts.mounts.add(channel)
-                    nursery.start_soon(_forward, changes, channel)
-                    await self._answer_all(channel, peer, nursery, holding)
+                    nursery.start_soon(_forward, messages, channel)
+                    await self._answer_all(channel, outbox, peer, nursery, holding)
         finally:
             with trio.CancelScope(shield=True):
                 for number in holding:
                     await self._desk.closed(number)
 
     async def _answer_all(
-        self, channel: wire.Channel, peer: Caller, nursery: trio.Nursery, holding: set[int]
+        self,
+        channel: wire.Channel,
+        outbox: Outbox,
+        peer: Caller,
+        nursery: trio.Nursery,
+        holding: set[int],
     ) -> None:
         while True:
             message = await channel.receive()
@@ -111,11 +114,9 @@ class Agent:
                 raise Unreachable("a second hello")
             if not peer.is_root:
                 message = replace(message, caller=peer)
-            nursery.start_soon(self._answer, channel, message, holding)
+            nursery.start_soon(self._answer, outbox, message, holding)
 
-    async def _answer(
-        self, channel: wire.Channel, request: wire.Request, holding: set[int]
-    ) -> None:
+    async def _answer(self, outbox: Outbox, request: wire.Request, holding: set[int]) -> None:
         answer = await self._desk.answer(request)
         if isinstance(answer, wire.Accepted) and isinstance(request, wire.Submit):
             job = self._parts.jobs.get(answer.job)
@@ -123,8 +124,8 @@ class Agent:
                 holding.add(answer.job)
         if isinstance(request, wire.Closed):
             holding.discard(request.job)
-        with suppress(Unreachable):
-            await channel.send(answer)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            outbox.send_nowait(answer)
 
     async def _thaw_unclaimed(self) -> None:
         """Thaw what was frozen while-open through a handle that no mount has any more."""
@@ -137,9 +138,11 @@ class Agent:
                 await freeze.thaw_record(self._parts, known, "nobody holds its file open any more")
 
 
-async def _forward(changes: trio.MemoryReceiveChannel[wire.Change], channel: wire.Channel) -> None:
-    async for change in changes:
-        await channel.send(change)
+async def _forward(
+    messages: trio.MemoryReceiveChannel[wire.Message], channel: wire.Channel
+) -> None:
+    async for message in messages:
+        await channel.send(message)
     raise Unreachable("the mount fell behind")
 
 

@@ -44,15 +44,19 @@ class Ends:
                 await procs.ended(tree.id)
         finally:
             self._watched.discard(tree.id)
-        known = self._state.tree(tree.id.pid, tree.id.start)
-        if known is None or known.ended:
-            return
-        ended = msgspec.structs.replace(known, state=TreeState.ENDED, ended=how)
         try:
-            if known.app or known.keeper is not None:
-                await self._state.commit(ended)
-            else:
-                await self._state.commit(delete=[known])
+            await self._note(tree, how)
         except KrgError as exc:
             log.error("tree.end_unwritten pid=%d reason=%r", tree.pid, exc.message)
         self._state.event("tree.ended", tree.uid, pid=tree.pid, app=tree.app, how=how)
+
+    async def _note(self, tree: Tree, how: str) -> None:
+        known = self._state.tree(tree.id.pid, tree.id.start)
+        if known is None or known.ended:
+            return
+
+        def ended() -> list[Tree]:
+            now = self._state.tree(tree.id.pid, tree.id.start) or known
+            return [msgspec.structs.replace(now, state=TreeState.ENDED, ended=how)]
+
+        await self._state.update(ended)

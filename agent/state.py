@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ KEPT_ENDED = 256
 BACKLOG = 20_000
 CHUNK = 500
 V = TypeVar("V", bound=Value)
+Outbox = trio.MemorySendChannel[wire.Message]
 
 
 def key_of(value: Value) -> str:
@@ -63,8 +64,9 @@ class State:
         self.room = Store()
         self._store = store
         self._revisions: dict[str, int] = {}
-        self._mounts: set[trio.MemorySendChannel[wire.Change]] = set()
+        self._mounts: set[Outbox] = set()
         self._serial = 0
+        self._changing = trio.Lock()
 
     async def load(self, boot: str) -> None:
         """Read all records; trees of another boot are forgotten."""
@@ -88,26 +90,36 @@ class State:
             if job.is_over:
                 self.log.append(log_line(job))
 
-    async def commit(
-        self, *put: Value, delete: Sequence[Value] = (), expect: Sequence[Value] = ()
-    ) -> None:
+    async def commit(self, *put: Value, delete: Sequence[Value] = ()) -> None:
         """Write and delete records in one transaction, then publish. Durable on return.
 
-        Each must still be as this agent last knew it (as must `expect`), else Fenced: somebody else
-        has written the store. Cancelled or failed, it has happened whole or not at all.
+        Each must still be as this agent last wrote it, else Fenced: somebody else has written the
+        store. Cancelled or failed, it has happened whole or not at all. What is put must not rest
+        on a record that another task may change meanwhile: `update` is for that.
         """
-        involved = {key_of(value) for value in (*put, *delete, *expect)}
+        await self.update(lambda: put, delete)
+
+    async def update(
+        self, make: Callable[[], Iterable[Value]], delete: Sequence[Value] = ()
+    ) -> None:
+        """The same with records that `make` derives from those of now; no other commit of this
+        agent comes between its looking and the writing."""
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                await self._commit(tuple(make()), delete)
+
+    async def _commit(self, put: Sequence[Value], delete: Sequence[Value]) -> None:
+        involved = {key_of(value) for value in (*put, *delete)}
         expectations = [Expect(key, self._revisions.get(key, 0)) for key in sorted(involved)]
         encoded = {key_of(value): msgspec.json.encode(value) for value in put}
         gone = [key_of(value) for value in delete if key_of(value) in self._revisions]
-        with trio.CancelScope(shield=True):
-            try:
-                revision = await self._store.commit(expectations, encoded, gone)
-            except Conflict as exc:
-                raise Fenced(
-                    f"{exc.key} was changed by another agent on this node's store; "
-                    "only one agent may run on a state directory"
-                ) from exc
+        try:
+            revision = await self._store.commit(expectations, encoded, gone)
+        except Conflict as exc:
+            raise Fenced(
+                f"{exc.key} was changed by another agent on this node's store; "
+                "only one agent may run on a state directory"
+            ) from exc
         for value in put:
             self._keep(value, revision)
         for value in delete:
@@ -156,17 +168,18 @@ class State:
         self._publish(wire.Change(nodes=[node], metrics=dict(self.metrics), store=room))
 
     @contextmanager
-    def mounted(self) -> Iterator[trio.MemoryReceiveChannel[wire.Change]]:
-        """Enter as a mount: the channel gives everything first, then each change.
+    def mounted(self) -> Iterator[tuple[Outbox, trio.MemoryReceiveChannel[wire.Message]]]:
+        """Enter as a mount: what comes out of the box is everything first, then each change, in
+        order with what else is put into it (an answer never overtakes the change that it is about).
 
-        A mount that falls behind by BACKLOG changes is dropped: the channel ends.
+        A mount that falls behind by BACKLOG messages is dropped: the box ends.
         """
-        send, receive = trio.open_memory_channel[wire.Change](math.inf)
+        send, receive = trio.open_memory_channel[wire.Message](math.inf)
         for change in self._whole():
             send.send_nowait(change)
         self._mounts.add(send)
         try:
-            yield receive
+            yield send, receive
         finally:
             self._mounts.discard(send)
             send.close()

@@ -116,8 +116,10 @@ class Client:
             pause_s = 0.02
             try:
                 await self._talk(wire.Channel(stream, wire.ToMount))
-            except Unreachable as exc:
-                log.warning("agent.lost reason=%s", exc.message)
+            except* Unreachable as group:
+                log.warning("agent.lost reason=%s", group.exceptions[0])
+            except* Exception:
+                log.exception("agent.talk_failed")
             finally:
                 self._lost()
                 await trio.aclose_forcefully(stream)
@@ -250,7 +252,8 @@ class Client:
             self._connected.set()
             self._wake_all()
         for job in change.jobs:
-            if job.is_over and (event := self._over.pop(job.id, None)):
+            event = self._over.pop(job.id, None) if job.is_over else None
+            if event is not None:
                 event.set()
         self._tell(before, change)
 

@@ -18,7 +18,7 @@ import trio
 from msgspec.structs import replace
 
 from krgfs import facts
-from krgfs.errors import Fate, KrgError, Unsupported, name_of
+from krgfs.errors import Cancelled, Fate, KrgError, Unsupported, name_of
 from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
 from krgfs.verbs import Checkpoint, Then
 
@@ -36,7 +36,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
     """Make an image of the tree; returns APP/vN. Any failure leaves the tree as it was."""
     known = freeze.record_of(parts, tree)
     app = names.app_for(parts.state, tree, words.name)
-    await _remember(parts, tree, last_job=job.id, line=f"running jobs/{job.id}")
+    await freeze.told(parts, tree, job.id, "checkpoint", f"running jobs/{job.id}")
     try:
         _refuse_orphans(tree, words)
         ends = await trio.to_thread.run_sync(outside.ends, tree)
@@ -135,26 +135,29 @@ async def _commit(
     parts: Parts, job: Running, tree: ProcessTree, app: App, sealed: Manifest
 ) -> Image:
     image = names.image_of(sealed, own=True)
-    lives = replace(
-        names.with_version(parts.state.apps.get(app.name, app), image.version),
-        incarnation=tree.id,
-        members=tuple(each for each in tree.ids if each != tree.id),
-    )
-    known = freeze.record_of(parts, tree)
-    told = replace(
-        known,
-        app=app.name,
-        last_image=image.ref,
-        last_error="",
-        last_job=job.id,
-        outcomes={**known.outcomes, "checkpoint": image.ref},
-    )
+
+    def records() -> list[Image | App | Tree]:
+        current = parts.state.apps.get(app.name, app)
+        lives = replace(
+            names.with_version(current, image.version),
+            incarnation=tree.id,
+            members=tuple(each for each in tree.ids if each != tree.id),
+        )
+        known = replace(
+            freeze.record_of(parts, tree), app=app.name, last_image=image.ref, last_error=""
+        )
+        return [
+            image,
+            lives,
+            freeze.with_outcome(known, "checkpoint", image.ref, last_job=job.id),
+        ]
+
     try:
-        await parts.state.commit(image, lives, told)
+        await parts.state.update(records)
     except BaseException:
         await parts.images.remove(image.app, image.version)
         raise
-    parts.ends.watch(told)
+    parts.ends.watch(freeze.record_of(parts, tree))
     parts.state.event("image.committed", image.uid, image=image.ref, pid=tree.pid)
     return image
 
@@ -261,20 +264,12 @@ def _description(manifest: Manifest) -> str:
     return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
-async def _remember(parts: Parts, tree: ProcessTree, last_job: int, line: str) -> None:
-    known = freeze.record_of(parts, tree)
-    parts.state.show(
-        replace(known, last_job=last_job, outcomes={**known.outcomes, "checkpoint": line})
-    )
-
-
 async def _note_failure(parts: Parts, tree: ProcessTree, exc: BaseException) -> None:
-    known = freeze.record_of(parts, tree)
-    error = str(exc) if isinstance(exc, KrgError) else "cancelled"
-    line = f"error {error}"
+    error, line = "cancelled", f"error {name_of(Cancelled.errno)} cancelled"
     if isinstance(exc, KrgError):
-        line = f"error {name_of(exc.errno)} {exc.message}"
-    await parts.state.commit(
-        replace(known, last_error=error, outcomes={**known.outcomes, "checkpoint": line})
+        error, line = str(exc), f"error {name_of(exc.errno)} {exc.message}"
+    await parts.state.update(
+        lambda: [
+            freeze.with_outcome(freeze.record_of(parts, tree), "checkpoint", line, last_error=error)
+        ]
     )
-    parts.ends.watch(known)

@@ -33,12 +33,24 @@ def record_of(parts: Parts, tree: ProcessTree) -> Tree:
     return known or Tree(id=tree.id, uid=uid, inner_pid=tree.inner_root)
 
 
-async def update(parts: Parts, tree: ProcessTree, **fields: object) -> Tree:
+async def update(parts: Parts, tree: ProcessTree, **fields: object) -> None:
     """Write facts into a tree's record; durable on return."""
-    changed = msgspec.structs.replace(record_of(parts, tree), **fields)
-    await parts.state.commit(changed)
-    parts.ends.watch(changed)
-    return changed
+    await parts.state.update(lambda: [msgspec.structs.replace(record_of(parts, tree), **fields)])
+    parts.ends.watch(record_of(parts, tree))
+
+
+async def told(parts: Parts, tree: ProcessTree, job: int, verb: str, line: str) -> None:
+    """Note the job as the tree's last one, and the line that the verb's file reads back."""
+    await parts.state.update(
+        lambda: [with_outcome(record_of(parts, tree), verb, line, last_job=job)]
+    )
+    parts.ends.watch(record_of(parts, tree))
+
+
+def with_outcome(known: Tree, verb: str, line: str, **fields: object) -> Tree:
+    """Return a tree's record with the line that the verb's file reads back."""
+    outcomes = {**known.outcomes, verb: line}
+    return msgspec.structs.replace(known, outcomes=outcomes, **fields)
 
 
 async def hold(parts: Parts, job: Running, tree: ProcessTree) -> Frozen:
@@ -102,7 +114,6 @@ async def freeze(parts: Parts, job: Running, tree: ProcessTree, words: Freeze) -
             frozen_until=now + words.for_s if words.for_s else 0.0,
             holder=job.id if words.while_open else 0,
             last_job=job.id,
-            outcomes={**known.outcomes, "freeze": "frozen"},
         )
     parts.state.event("tree.frozen", known.uid, pid=tree.pid)
     if words.for_s:
@@ -139,8 +150,15 @@ async def thaw_record(parts: Parts, known: Tree, why: str) -> None:
     except KrgError as exc:
         log.warning("tree.not_thawed pid=%d reason=%r", known.pid, exc.message)
         await parts.freezer.thaw(known.frozen)
-        await parts.state.commit(
-            msgspec.structs.replace(known, frozen=None, state=TreeState.ENDED, ended="ended")
+        await parts.state.update(
+            lambda: [
+                msgspec.structs.replace(
+                    parts.state.tree(known.id.pid, known.id.start) or known,
+                    frozen=None,
+                    state=TreeState.ENDED,
+                    ended="ended",
+                )
+            ]
         )
 
 
@@ -152,6 +170,5 @@ async def signal(parts: Parts, job: Running, tree: ProcessTree, words: Signal) -
     else:
         procs.send(tree, words.number)
     line = f"sent {signal_name(words.number)} to {len(tree.live)} tasks"
-    fresh = record_of(parts, tree)
-    await update(parts, tree, last_job=job.id, outcomes={**fresh.outcomes, "signal": line})
+    await told(parts, tree, job.id, "signal", line)
     return line

@@ -38,9 +38,7 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
             directory = keepers.directory(parts.run_dir, job.id)
 
             async def started(pid: int, start: int) -> None:
-                await intent.note(
-                    EngineRunning(pid, start), KeeperStarted(pid, start, directory)
-                )
+                await intent.note(EngineRunning(pid, start), KeeperStarted(pid, start, directory))
 
             plan = criu.restore_plan(
                 parts.engine, manifest, path, words, job.caller, private, directory
@@ -121,14 +119,14 @@ async def _commit(
         inner_pid=launched.inner_pid,
         outcomes={"checkpoint": f"restarted {image.ref}"},
     )
-    current = parts.state.apps.get(app.name, app)
-    lives = replace(
-        current,
-        incarnation=root,
-        members=tuple(_id(task) for task in tasks[1:]),
-    )
+    members = tuple(_id(task) for task in tasks[1:])
+
+    def records() -> list[Tree | App]:
+        current = parts.state.apps.get(app.name, app)
+        return [known, replace(current, incarnation=root, members=members)]
+
     try:
-        await parts.state.commit(known, lives)
+        await parts.state.update(records)
     except BaseException:
         procs.kill(procs.look(root.pid, root.start))
         raise

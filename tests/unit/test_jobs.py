@@ -145,7 +145,7 @@ async def test_what_was_stored_is_there_for_the_next_agent_and_told_to_a_mount()
     second = State(store, "n1")
     await second.load("boot")
     assert second.images["a"][3].ref == "a/v3"
-    with second.mounted() as changes:
+    with second.mounted() as (_, changes):
         told = [changes.receive_nowait()]
         while not told[-1].complete:
             told.append(changes.receive_nowait())
