@@ -57,7 +57,7 @@ def _at(ctx: click.Context, state: str, run: str, mount: str | None) -> Places:
 
 @click.command(short_help="Start the agent and mount /krg.")
 @_criu("the CRIU to use  [default: the one on PATH if it is 4.2 or newer, else one fetched]")
-@click.option("--node", default="", help="this node's name  [default: the host's]")
+@click.option("--node", default="", metavar="NAME", help="this node's name  [default: the host's]")
 @_places
 @as_json
 @click.pass_context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import click
 from . import cli_wait, cli_words
 from .cli_files import Files, answer, write
 from .cli_options import as_json, at_mount, print_json
+from .errors import Cancelled
 from .verbs import signal_number
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,7 +55,12 @@ def checkpoint(
 @click.command(short_help="Bring an image back to life.")
 @click.argument("image", shell_complete=cli_words.complete_image)
 @_words_of("restart")
-@click.option("--node", shell_complete=cli_words.complete_node, help="the node to restart it on")
+@click.option(
+    "--node",
+    metavar="NODE",
+    shell_complete=cli_words.complete_node,
+    help="the node to restart it on",
+)
 @cli_words.options("restart")
 @as_json
 @at_mount
@@ -165,7 +172,12 @@ def wait(files: Files, /, pid: str, as_json: bool) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with files.opened(f"{files.process(pid)}/wait") as fd:
-        write(fd, "1")
+        while True:
+            try:
+                write(fd, "1")
+                break
+            except Cancelled:  # no signal of ours: our own tree was frozen meanwhile
+                time.sleep(0.02)
         said = answer(fd)
     if as_json:
         print_json({"pid": int(pid.rpartition(":")[2]), "ended": said})

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from .cli_files import Files, answer, error_of, write
 from .cli_table import bar
-from .errors import KrgError
+from .errors import Cancelled, KrgError
 
 LOOK_S = 0.1
 QUIET_S = 0.3
@@ -76,8 +76,8 @@ class Writer:
 def submit(files: Files, path: str, line: str, title: str, follow: bool = True) -> str:
     """Have a verb done and return the line that its file reads back.
 
-    With `follow` a job that goes on after the write (the caller is part of the tree) is waited for
-    as well. Ctrl-C ends the process, and by that the job.
+    With `follow` a job that goes on after the write is waited for as well. Ctrl-C ends the process,
+    and by that the job.
     """
     progress = Progress(title)
     known = max(files.numbers("jobs"), default=0) if progress.is_seen else 0
@@ -93,12 +93,28 @@ def submit(files: Files, path: str, line: str, title: str, follow: bool = True) 
             die_of(signal.SIGINT)
         finally:
             progress.clear()
-        if writer.error:
-            raise writer.error
-    word, _, job = writer.line.partition(" jobs/")
-    if follow and word == "running" and job.isdecimal():
+    job = running_job(writer.line, writer.error)
+    if job and (follow or writer.error):
         return _followed(files, job, progress)
+    if writer.error:
+        raise writer.error
     return writer.line
+
+
+def running_job(line: str, error: KrgError | None) -> str:
+    """Return the job that goes on after a write, empty when none does.
+
+    One that we were part of is told by the line read back; one whose writer was answered early,
+    because its own tree was about to be frozen, by the sentence that came with EINTR.
+    """
+    if isinstance(error, Cancelled):
+        said = error.message
+    elif line.startswith("running "):
+        said = line
+    else:
+        return ""
+    _, _, rest = said.partition("jobs/")
+    return rest[: len(rest) - len(rest.lstrip("0123456789"))]
 
 
 def _followed(files: Files, job: str, progress: Progress) -> str:

@@ -440,6 +440,22 @@ def test_freeze_while_holds_the_file_and_exits_as_its_command(command, code, tre
     assert (tree / "procs/42/freeze").read_text() == "1 while-open"
 
 
+@pytest.mark.parametrize(
+    ("line", "error", "job"),
+    [
+        ("running jobs/12", None, "12"),
+        ("blast/v3", None, ""),
+        ("pid 12", None, ""),
+        ("", errors.Cancelled("you are about to be frozen yourself; jobs/7 goes on"), "7"),
+        ("", errors.Cancelled("jobs/31: cancelled: by root"), "31"),
+        ("", errors.Cancelled("a signal came"), ""),
+        ("", errors.Busy("jobs/7 holds it"), ""),
+    ],
+)
+def test_a_job_that_goes_on_is_known(line, error, job):
+    assert cli_wait.running_job(line, error) == job
+
+
 def test_a_progress_line_is_for_terminals(capsys):
     assert not cli_wait.Progress("checkpoint 42").is_seen
 
