@@ -333,6 +333,14 @@ def test_what_is_not_there_is_gone(tree, capsys):
     assert (code, err) == (errors.Gone.exit_code, "krg: there is no job 99\n")
 
 
+def test_a_mount_that_has_no_agent_yet_says_so(tmp_path, capsys):
+    (tmp_path / "version").touch()
+    (tmp_path / "procs").symlink_to("nodes//procs")
+    for words in (["ps"], ["checkpoint", "42"]):
+        code, _, err = exit_of([*words, "--mount", tmp_path], capsys)
+        assert code == errors.Unreachable.exit_code and "has not heard its agent" in err
+
+
 @pytest.mark.parametrize(
     "words",
     [
