@@ -8,6 +8,7 @@ times, also from an older image: what is in memory is of the image, what is in f
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -45,8 +46,9 @@ class Judge:
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
         self._asked = False
-        self._failures: list[str] = []
+        self._failures: list[tuple[int, str]] = []  # when, and what
         self._members: dict[int, str] = {}
+        self._board: Board | None = None
         self._count = 0
         self._progress = os.open(self.path("progress"), os.O_RDWR | os.O_CREAT, 0o644)
         self.progress(0)
@@ -74,7 +76,7 @@ class Judge:
 
     def fail(self, sentence: str) -> None:
         """Take note of a failure; the first one becomes the verdict."""
-        self._failures.append(sentence)
+        self._failures.append((time.time_ns(), sentence))
 
     def expect(self, holds: bool, sentence: str) -> None:
         if not holds:
@@ -86,6 +88,7 @@ class Judge:
         SIGTERM is for the root: a tree that is signalled as a whole is ended by its root.
         An exception in `work` is a failure of the workload.
         """
+        board = self._board = self._board or Board()
         pid = os.fork()
         if pid:
             self._members[pid] = what
@@ -95,12 +98,12 @@ class Judge:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._members.clear()
             work()
-            assert not self._failures, self._failures[0]
+            assert not self._failures, self._failures[0][1]
             code = 0
         except Exception as exc:
             traceback.print_exc()
             sys.stderr.flush()
-            self.write(f"failure.{os.getpid()}", f"{what}: {spoken(exc)}")
+            board.put(f"{what}: {spoken(exc)}")
         finally:
             os._exit(code)
 
@@ -115,14 +118,9 @@ class Judge:
             self.expect(status == 0, f"{what} ended with {status}")
 
     def verdict(self) -> NoReturn:
-        """Write the verdict and exit. What a member said goes before what it looked like."""
-        told = []
-        for name in sorted(os.listdir(self.directory)):
-            if name.startswith("failure."):
-                with open(self.path(name)) as file:
-                    told.append(file.read().strip())
-        failures = told + self._failures
-        self.write("verdict", f"FAIL: {failures[0]}" if failures else "PASS")
+        """Write the verdict, which is the first failure of the root or a member, and exit."""
+        failures = self._failures + (self._board.failures() if self._board else [])
+        self.write("verdict", f"FAIL: {min(failures)[1]}" if failures else "PASS")
         sys.exit(1 if failures else 0)
 
     def write(self, name: str, text: str) -> None:
@@ -134,6 +132,26 @@ class Judge:
 
     def _ask(self, _signum: int, _frame: object) -> None:
         self._asked = True
+
+
+class Board:
+    """Where members put a failure for the root, in shared memory: an older image has none of later.
+
+    A file would stay when the tree is killed, and be there still when it is restored.
+    """
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def put(self, sentence: str) -> None:
+        if not self.failures():  # what follows is its consequence
+            text = sentence.encode()[: mmap.PAGESIZE - 8]
+            self._map[8 : 8 + len(text)] = text
+            self._map[:8] = time.time_ns().to_bytes(8, "little")
+
+    def failures(self) -> list[tuple[int, str]]:
+        when = int.from_bytes(self._map[:8], "little")
+        return [(when, self._map[8:].rstrip(b"\0").decode(errors="replace"))] if when else []
 
 
 @contextmanager
