@@ -68,13 +68,16 @@ class Freezer:
         TryAgain, which says what the task waits in. Raises Busy for a tree that is frozen already,
         PartOfIt when this process is in it, Unsupported where its cgroups do not allow it.
         """
-        attempt = _Attempt(self.hierarchy, tree, _plan(self.hierarchy, tree, name), record)
+        plan = await trio.to_thread.run_sync(_plan, self.hierarchy, tree, name)
+        attempt = _Attempt(self.hierarchy, tree, plan, record)
         try:
             await attempt.run()
         except BaseException as exc:
             unrest = _unrest(attempt.frozen, tree) if attempt.is_waiting else {}
             with trio.move_on_after(UNDO_S, shield=True):
                 await self.thaw(attempt.frozen)
+                if unrest:
+                    await trio.sleep(0.01)  # the thaw woke them all: those that wait, wait again
             if isinstance(exc, trio.Cancelled) and attempt.is_waiting:
                 raise TryAgain(_why_no_rest(tree, unrest), fate=procs.fate(tree)) from None
             if isinstance(exc, KrgError) and exc.fate is None:
@@ -267,49 +270,60 @@ class _Attempt:
         A moved task rests at once, so the forks come to an end; and when all that are known rest,
         a look that finds no other proves that there is none.
         """
-        live = self._look().live
-        places = {task.pid: self._hierarchy.directory(task.pid) for task in live}
-        outside = [task for task in live if places[task.pid] not in (self.frozen.cgroup, None)]
-        known = {(moved.pid, moved.start) for moved in self.frozen.moved}
-        new = [
-            Moved(pid=task.pid, start=task.start, origin=self._origin(task.pid, places[task.pid]))
-            for task in live
-            if (task.pid, task.start) not in known and places[task.pid] is not None
-        ]
-        if not outside and not new:
+        found = await trio.to_thread.run_sync(self._survey)
+        if not found.outside and not found.new:
             return False
         with contextlib.ExitStack() as stack:
-            placeholders = [
-                stack.enter_context(_placeholder(place)) for place in self._emptied(outside, places)
-            ]
+            placeholders = [stack.enter_context(_placeholder(each)) for each in found.emptied]
             self.frozen = replace(
                 self.frozen,
-                moved=(*self.frozen.moved, *new),
+                moved=(*self.frozen.moved, *found.new),
                 placeholders=(*self.frozen.placeholders, *(each.id for each in placeholders)),
             )
             await self._record(self.frozen)
             _make(self.frozen.cgroup)
             _hold(self.frozen)
-            for each in placeholders:
-                each.settle()
-        for task in outside:
-            _move(task.pid, self.frozen.cgroup)
+            await trio.to_thread.run_sync(_put, self.frozen.cgroup, found.outside, placeholders)
         return True
 
-    def _origin(self, pid: int, place: str | None) -> str:
-        """Return where a task comes from; one that was born in the leaf from where its parent."""
-        if place in (self.frozen.cgroup, None):
-            return _origin(pid, self.frozen)
-        return place
-
-    def _emptied(self, outside: Iterable[facts.Task], places: dict[int, str | None]) -> list[str]:
-        """Return the cgroups that would end with the moves: systemd drops a unit's empty one."""
-        leaving = {task.pid for task in outside}
-        parent = os.path.dirname(self.frozen.cgroup)  # has the leaf in it
-        origins = {places[pid] for pid in leaving} - {parent, None} - self._kept
-        emptied = [place for place in origins if place and procs.members(place) <= leaving]
+    def _survey(self) -> _Found:
+        live = self._look().live
+        places = {task.pid: self._hierarchy.directory(task.pid) for task in live}
+        outside = [pid for pid, place in places.items() if place not in (self.frozen.cgroup, None)]
+        known = {(moved.pid, moved.start) for moved in self.frozen.moved}
+        new = [
+            Moved(pid=task.pid, start=task.start, origin=self._origin(task.pid, place))
+            for task in live
+            if (place := places[task.pid]) is not None and (task.pid, task.start) not in known
+        ]
+        parent = os.path.dirname(self.frozen.cgroup)  # stays: it has the leaf in it
+        origins = {places[pid] for pid in outside} - {parent, None} - self._kept
+        emptied = [each for each in origins if each and procs.members(each) <= {*outside}]
         self._kept.update(emptied)
-        return emptied
+        return _Found(new, outside, emptied)
+
+    def _origin(self, pid: int, place: str) -> str:
+        """Return where a task comes from; one that was born in the leaf from where its parent."""
+        return _origin(pid, self.frozen) if place == self.frozen.cgroup else place
+
+
+class _Found(NamedTuple):
+    """What is to be frozen yet: tasks to record, pids to move, and the cgroups that this empties.
+
+    systemd ends a unit whose cgroup is empty, so those get a placeholder.
+    """
+
+    new: list[Moved]
+    outside: list[int]
+    emptied: list[str]
+
+
+def _put(leaf: str, pids: Iterable[int], placeholders: Iterable[_Placeholder]) -> None:
+    """Move tasks into the frozen leaf. In a thread: a large process that forks holds this up."""
+    for each in placeholders:
+        each.settle()
+    for pid in pids:
+        _move(pid, leaf)
 
 
 async def _rest(frozen: Frozen) -> None:
@@ -343,7 +357,7 @@ def _why_no_rest(tree: ProcessTree, unrest: dict[int, str]) -> str:
         task = facts.task(tid)
         if task is not None and (state != "D" or task.state == "D"):
             return (
-                f"task {title(task)} of tree {tree.pid} does not come to rest, it is in "
+                f"task {title(task)} of tree {tree.pid} does not come to rest, it waits in "
                 f"{_what_it_does(tid)}: nothing is frozen, try again when it has ended"
             )
     return f"tree {tree.pid} does not come to rest: nothing is frozen, try again"
@@ -368,20 +382,24 @@ def _what_it_does(tid: int) -> str:
 
 async def _empty(leaf: Frozen) -> None:
     pause_s = 0.0005
-    while True:
-        for pid in procs.processes_in(leaf.cgroup):
-            _send_home(pid, leaf)
-        try:
-            os.rmdir(leaf.cgroup)
-        except FileNotFoundError:
-            return
-        except OSError as exc:
-            if exc.errno != errno.EBUSY:
-                raise
-        else:
-            return
+    while not await trio.to_thread.run_sync(_sweep, leaf):
+        _release(leaf)  # what is left of tasks that end: nothing in it is to be held
         await trio.sleep(pause_s)
         pause_s = min(pause_s * 2, 0.02)
+
+
+def _sweep(leaf: Frozen) -> bool:
+    """Send everybody home and remove the leaf; tell whether that was possible yet."""
+    for pid in procs.processes_in(leaf.cgroup):
+        _send_home(pid, leaf)
+    try:
+        os.rmdir(leaf.cgroup)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            return False
+        if exc.errno != errno.ENOENT:
+            raise EngineFailed(f"cannot remove {leaf.cgroup}: {exc.strerror}") from exc
+    return True
 
 
 def _send_home(pid: int, leaf: Frozen) -> None:

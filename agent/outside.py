@@ -99,7 +99,7 @@ def ends(tree: ProcessTree) -> list[End]:
     A pipe whose other end nobody has is among them. The processes of the machine are searched for
     the other ends once, and only when the tree has anything that could lead out.
     """
-    held = [_Open(task.pid, *each) for task in tree.live for each in facts.descriptors(task.pid)]
+    held = _held(tree)
     pipes, terminals = _pipes_and_terminals(held)
     peers = _unix_peers(tree, held)
     wanted = {each.target for each in pipes} | {b"socket:[%d]" % peer.inode for _, peer in peers}
@@ -108,38 +108,14 @@ def ends(tree: ProcessTree) -> list[End]:
         *_open_pipes(pipes, others),
         *_outer_terminals(tree, held, terminals),
         *(_unix_end(each, peer, others) for each, peer in peers),
-        *(_tcp_end(each) for each in tcp_connections(tree) if not each.is_inner),
+        *(_tcp_end(each) for each in _connections(tree, held) if not each.is_inner),
     ]
     return sorted(found, key=lambda end: (end.pid, end.fd))
 
 
 def tcp_connections(tree: ProcessTree) -> list[Connection]:
     """Return the TCP connections that the tree has open, in whatever state but listening."""
-    held = [
-        each
-        for task in tree.live
-        for fd, target in facts.descriptors(task.pid)
-        if (each := _Open(task.pid, fd, target)).is_socket
-    ]
-    if not held:
-        return []
-    known: dict[int, tuple[str, str, str]] = {}
-    for pid in _one_per_network(tree):
-        known |= _tcp_table(pid)
-    sockets = [(each, *known[each.inode]) for each in held if each.inode in known]
-    pairs = {(local, remote) for _, local, remote, _ in sockets}
-    return [
-        Connection(
-            pid=each.pid,
-            fd=each.fd,
-            inode=each.inode,
-            local=local,
-            remote=remote,
-            state=state,
-            is_inner=(remote, local) in pairs,
-        )
-        for each, local, remote, state in sockets
-    ]
+    return _connections(tree, _held(tree))
 
 
 def unsupported(tree: ProcessTree) -> list[Blocker]:
@@ -155,6 +131,33 @@ def unsupported(tree: ProcessTree) -> list[Blocker]:
         )
         for each in found.values()
     ]
+
+
+def _connections(tree: ProcessTree, held: list[_Open]) -> list[Connection]:
+    own = [each for each in held if each.is_socket]
+    if not own:
+        return []
+    known: dict[int, tuple[str, str, str]] = {}
+    for pid in _one_per_network(tree):
+        known |= _tcp_table(pid)
+    sockets = [(each, *known[each.inode]) for each in own if each.inode in known]
+    pairs = {(local, remote) for _, local, remote, _ in sockets}
+    return [
+        Connection(
+            pid=each.pid,
+            fd=each.fd,
+            inode=each.inode,
+            local=local,
+            remote=remote,
+            state=state,
+            is_inner=(remote, local) in pairs,
+        )
+        for each, local, remote, state in sockets
+    ]
+
+
+def _held(tree: ProcessTree) -> list[_Open]:
+    return [_Open(task.pid, *each) for task in tree.live for each in facts.descriptors(task.pid)]
 
 
 def _one_per_network(tree: ProcessTree) -> Iterable[int]:
@@ -185,18 +188,32 @@ def _pipes_and_terminals(
 
 def _holders(wanted: set[bytes], but: frozenset[int]) -> dict[bytes, list[_Open]]:
     """Find who else has these open: every descriptor of the machine is looked at."""
+    names = {os.fsdecode(target): target for target in wanted}
     found: dict[bytes, list[_Open]] = {}
     for pid in facts.pids():
         if pid in but:
             continue
-        directory = f"/proc/{pid}/fd".encode()
-        with contextlib.suppress(OSError):
-            for name in os.listdir(directory):
-                with contextlib.suppress(OSError):
-                    target = os.readlink(b"%b/%b" % (directory, name))
-                    if target in wanted:
-                        found.setdefault(target, []).append(_Open(pid, int(name), target))
+        try:
+            directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            for fd in os.listdir(directory):
+                target = names.get(_link(fd, directory))
+                if target is not None:
+                    found.setdefault(target, []).append(_Open(pid, int(fd), target))
+        except OSError:
+            continue
+        finally:
+            os.close(directory)
     return found
+
+
+def _link(name: str, directory: int) -> str:
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError:
+        return ""
 
 
 def _open_pipes(pipes: list[_Open], others: dict[bytes, list[_Open]]) -> Iterator[End]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,19 @@ def remove_cgroup(place: str, hierarchy: procs.Hierarchy) -> None:
     raise AssertionError(f"{place} cannot be removed")
 
 
+@contextlib.contextmanager
+def playground(directory: Path) -> Iterator[Playground]:
+    found = Playground(directory)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
 @pytest.fixture
 def play(tmp_path):
-    playground = Playground(tmp_path)
-    yield playground
-    playground.close()
+    with playground(tmp_path) as found:
+        yield found
 
 
 def until(condition, what: str):
@@ -252,7 +261,7 @@ rest()
 def test_a_saved_uid_counts(play):
     (root,) = play.run("say(os.getpid()); os.setresuid(1234, 1234, 0); rest()")
     until(lambda: facts.ids(root).uid == 1234, "another uid")
-    with pytest.raises(NotYours):
+    with pytest.raises(NotYours, match=r"several uids \(0, 1234\)"):
         procs.may(Caller(uid=1234, gid=1234), procs.look(root))
 
 
@@ -284,6 +293,8 @@ rest()
     assert not procs.is_member(tree, os.getpid())
     assert not procs.is_member(tree, 1)
     assert not procs.is_member(tree, 1 << 30)
+    before = tree._replace(tasks=(tree.root._replace(start=tree.root.start - 1),))
+    assert not procs.is_member(before, root), "another process of that pid"
 
 
 def test_fate_follows_the_tree(play):
@@ -500,6 +511,40 @@ def test_a_cgroup_where_others_were_first_says_nothing(play, hierarchy):
     play.run(f"open('{place}/cgroup.procs', 'w').write(str(os.getpid())); say(1); rest()")
     time.sleep(2 / facts.CLOCK_TICKS)
     root, left = play.run(f"PLACE = {place!r}\n" + DAEMON)
+    assert left in procs.members(place)
+    assert names(procs.look(root)) == {}
+
+
+def test_what_else_its_starter_started_in_the_cgroup_is_no_orphan(play, hierarchy):
+    place = f"{hierarchy.mount}/{play.mark}"
+    os.mkdir(place)
+    one, other = play.run(
+        f"PLACE = {place!r}\n"
+        """
+def starter():
+    open(os.path.join(PLACE, "cgroup.procs"), "w").write(str(os.getpid()))
+    one, other = child(lead), child(lead)
+    say(one, other)
+    rest()
+def lead():
+    os.setsid()
+    rest()
+child(starter)
+rest()
+"""
+    )
+    until(lambda: facts.task(one).sid == one, "a session of its own")
+    assert other in procs.members(place)
+    assert names(procs.look(one)) == {}
+
+
+def test_a_keeper_is_nobodys_orphan(play, hierarchy):
+    place = f"{hierarchy.mount}/{play.mark}"
+    os.mkdir(place)
+    keeper = 'open("/proc/self/comm", "w").write("krg-keeper"); rest()'
+    daemon = DAEMON.replace("rest())))", f"exec({keeper!r}))))")
+    root, left = play.run(f"PLACE = {place!r}\n" + daemon)
+    until(lambda: facts.task(left).comm == procs.KEEPER, "named so")
     assert left in procs.members(place)
     assert names(procs.look(root)) == {}
 
