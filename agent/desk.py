@@ -20,7 +20,7 @@ from krgfs.errors import BadWords, Busy, Damaged, Exists, Gone, KrgError, NotYou
 from krgfs.model import App, Caller, Image, Import, Tree
 from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
 
-from . import criu_words, names, procs
+from . import names, procs
 from .jobs import Running
 from .ops import checkpoint, freeze, restart
 from .parts import Parts
@@ -163,8 +163,8 @@ class Desk:
         if not caller.owns(job.uid):
             raise NotYours(f"jobs/{number} belongs to uid {job.uid}")
         running = self._parts.jobs.get(number)
-        said = running.said if running else await _kept_words(self._parts.job_log(number))
-        return f"{job.message}\n".encode() * bool(job.message) + said.encode()
+        said = running.said.encode() if running else await _kept_words(self._parts.job_log(number))
+        return f"{job.message}\n".encode() * bool(job.message) + said
 
     # -- images
 
@@ -331,13 +331,12 @@ def _number(object: str) -> int:
     return int(last)
 
 
-async def _kept_words(path: str) -> str:
-    def read() -> str:
+async def _kept_words(path: str) -> bytes:
+    def read() -> bytes:
         try:
             with open(path, "rb") as file:
-                raw = zstandard.ZstdDecompressor().decompress(file.read())
+                return zstandard.decompress(file.read())
         except FileNotFoundError:
-            return ""
-        return criu_words.lines_that_matter(raw.decode(errors="replace"))
+            return b""
 
     return await trio.to_thread.run_sync(read)

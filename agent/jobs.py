@@ -167,6 +167,18 @@ class Jobs:
         self._nursery.start_soon(self._life, running, operation)
         return running
 
+    def resume(
+        self,
+        job: Job,
+        holds: frozenset[int | str],
+        operation: Callable[[Running], Awaitable[str]],
+    ) -> None:
+        """Go on with a job that an earlier agent left under way."""
+        running = Running(self._state, job, job.caller or Caller(uid=job.uid, gid=0), holds)
+        running.frozen = True
+        self._running[job.id] = running
+        self._nursery.start_soon(self._life, running, operation)
+
     async def _life(self, running: Running, operation: Callable[[Running], Awaitable[str]]) -> None:
         line = ""
         error: KrgError | None = None

@@ -8,6 +8,8 @@ froze stays frozen.
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Awaitable, Callable
 
 import trio
 from msgspec.structs import replace
@@ -69,7 +71,9 @@ def _holds(job: Job) -> frozenset[int | str]:
     return frozenset(task.pid for task in tree)
 
 
-def _resolution(parts: Parts, job: Job, intent: Intent | None):  # type: ignore[no-untyped-def]
+def _resolution(
+    parts: Parts, job: Job, intent: Intent | None
+) -> Callable[[Running], Awaitable[str]]:
     async def resolve(running: Running) -> str:
         if intent is None:
             raise EngineFailed(f"{ENDED}, before anything was done; do it again")
@@ -100,7 +104,7 @@ async def _settle(parts: Parts, running: Running, intent: Intent) -> str:
     await _thaw_object(parts, running.job)
     for fact in intent.facts:
         if isinstance(fact, SpoolOpened):
-            await parts.images.remove_spool(fact.path)
+            await trio.to_thread.run_sync(_remove, fact.path)
     return line
 
 
@@ -116,6 +120,11 @@ async def _thaw_object(parts: Parts, job: Job) -> None:
             await parts.state.commit(replace(known, last_error=ENDED))
         except KrgError as exc:
             log.error("recovery.unwritten pid=%d reason=%r", known.pid, exc.message)
+
+
+def _remove(spool: str) -> None:
+    for path in (spool, str(criu.work_dir(spool))):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _fate(job: Job) -> Fate | None:

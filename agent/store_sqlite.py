@@ -285,8 +285,8 @@ def _no_room(path: str) -> NoRoom:
 
 def _damaged(path: str, found: str) -> EngineFailed:
     return EngineFailed(
-        f"cannot use the store {path}: it is damaged ({' '.join(found.split())}); stop the agent, keep a copy, and "
-        f"try `sqlite3 {path} .recover`, or put a backup in its place"
+        f"cannot use the store {path}: it is damaged ({' '.join(found.split())}); stop the agent, "
+        f"keep a copy, and try `sqlite3 {path} .recover`, or put a backup in its place"
     )
 
 

@@ -56,13 +56,6 @@ class Files(NamedTuple):
         """Return the names in a directory that are numbers, in order."""
         return sorted(int(name) for name in self.names(*parts) if name.isdecimal())
 
-    def link(self, *parts: str) -> str:
-        """Return the last name that a link leads to, empty when there is no such link."""
-        try:
-            return os.path.basename(os.readlink(self.path(*parts)))
-        except OSError:
-            return ""
-
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
         """Enter the block with a verb file open for writing and reading back."""

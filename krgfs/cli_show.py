@@ -288,7 +288,7 @@ def _print_log(lines: list[str], as_json: bool) -> None:
 
     for line in lines:
         facts = dict(zip(LOG_FIELDS, line.split(" ", len(LOG_FIELDS) - 1), strict=False))
-        click.echo(json.dumps(facts, ensure_ascii=False) if as_json else line)
+        click.echo(json.dumps(typed(facts), ensure_ascii=False) if as_json else line)
 
 
 # -- jobs
@@ -327,7 +327,7 @@ def jobs(files: Files, job: str | None, count: int, as_json: bool) -> None:
         Column("VERB"),
         Column("OBJECT", least=8),
         Column("STATE"),
-        Column("STARTED", right=True),
+        Column("AGO", right=True),
         Column("TOOK", right=True),
         Column("BYTES", right=True),
         Column("OUTCOME", least=12),

@@ -23,6 +23,7 @@ from .errors import Cancelled, KrgError
 
 LOOK_S = 0.1
 QUIET_S = 0.3
+LOOKED_AT = 64
 CLEAR = "\r\x1b[K"
 
 
@@ -80,40 +81,37 @@ def submit(files: Files, path: str, line: str, title: str, follow: bool = True) 
     and by that the job.
     """
     progress = Progress(title)
-    known = max(files.numbers("jobs"), default=0) if progress.is_seen else 0
+    known = max(files.numbers("jobs"), default=0)
     with files.opened(path) as fd:
         writer = Writer(fd, line)
         try:
             while not writer.is_over(LOOK_S):
-                if progress.is_due and (status := _job_of(files, path, line, known)):
-                    progress.draw(status)
+                if progress.is_due and (job := job_of(files, path, line, known)):
+                    progress.draw(job)
         except KeyboardInterrupt:
             progress.clear()
             sys.stderr.write(f"krg: {title}: cancelled\n")
             die_of(signal.SIGINT)
         finally:
             progress.clear()
-    job = running_job(writer.line, writer.error)
-    if job and (follow or writer.error):
-        return _followed(files, job, progress)
     if writer.error:
+        if number := named_job(writer.error):
+            return _followed(files, number, progress)
         raise writer.error
+    job = job_of(files, path, line, known)
+    if follow and job:
+        return _followed(files, job["id"], progress)
     return writer.line
 
 
-def running_job(line: str, error: KrgError | None) -> str:
-    """Return the job that goes on after a write, empty when none does.
+def named_job(error: KrgError) -> str:
+    """Return the job that goes on although its write has ended with an error, empty when none does.
 
-    One that we were part of is told by the line read back; one whose writer was answered early,
-    because its own tree was about to be frozen, by the sentence that came with EINTR.
+    A writer whose own tree is about to be frozen is answered early; the sentence names the job.
     """
-    if isinstance(error, Cancelled):
-        said = error.message
-    elif line.startswith("running "):
-        said = line
-    else:
+    if not isinstance(error, Cancelled):
         return ""
-    _, _, rest = said.partition("jobs/")
+    _, _, rest = error.message.partition("jobs/")
     return rest[: len(rest) - len(rest.lstrip("0123456789"))]
 
 
@@ -151,21 +149,20 @@ def die_of(number: int) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _job_of(files: Files, path: str, line: str, known: int) -> dict[str, str]:
-    """Return the status of the running job that a write began or joined, empty while there is none
-    to be seen.
+def job_of(files: Files, path: str, line: str, known: int) -> dict[str, str]:
+    """Return the status of the job that a write began or joined, empty when none is to be seen.
 
-    A tree has one job at a time, and a link to it. A restart is known by its words among the jobs
-    that are newer than `known`.
+    It has our words and our object, and is newer than `known` or has not ended. (The verb file
+    reads back what its last job came to, and that may be another's by now.)
     """
+    verb, (*_, kind, name) = os.path.basename(path), os.path.dirname(path).split("/")
     try:
-        link = files.link(os.path.dirname(path), "job")
-        numbers = [int(link)] if link else reversed(files.numbers("jobs"))
-        for number in numbers:
-            status = files.pairs("jobs", str(number), "status")
-            is_ours = bool(link) or (number > known and status.get("words") == line)
-            if is_ours and status.get("ended") == "-":
-                return status
+        for number in files.numbers("jobs")[: -LOOKED_AT - 1 : -1]:
+            job = files.pairs("jobs", str(number), "status")
+            is_ours = kind != "procs" or job.get("object", "").endswith(f"procs/{name}")
+            is_new = number > known or job.get("ended") == "-"
+            if is_new and is_ours and (job.get("verb"), job.get("words")) == (verb, line):
+                return job
     except KrgError:
         pass  # a job may be forgotten between two looks
     return {}

@@ -28,10 +28,12 @@ def _read(path: str) -> bytes | None:
     except OSError:
         return None
     try:
-        parts = []
+        raw = os.read(fd, 4096)
+        if len(raw) < 4096:  # files of /proc give all they have, up to a page
+            return raw
         while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts)
+            raw += part
+        return raw
     except OSError:
         return None
     finally:
@@ -122,20 +124,20 @@ def task(pid: int) -> Task | None:
     if not raw:
         return None
     left, right = raw.find(b"("), raw.rfind(b")")
-    field = raw[right + 2 :].split()
+    field = raw[right + 2 :].split(None, 22)
     return Task(
-        pid=int(raw[:left]),
-        comm=raw[left + 1 : right],
-        state=chr(field[0][0]),
-        ppid=int(field[1]),
-        pgrp=int(field[2]),
-        sid=int(field[3]),
-        tty=int(field[4]),
-        flags=int(field[6]),
-        threads=int(field[17]),
-        start=int(field[19]),
-        vsize=int(field[20]),
-        rss_bytes=int(field[21]) * PAGE,
+        pid,
+        raw[left + 1 : right],
+        chr(field[0][0]),
+        int(field[1]),
+        int(field[2]),
+        int(field[3]),
+        int(field[4]),
+        int(field[6]),
+        int(field[17]),
+        int(field[19]),
+        int(field[20]),
+        int(field[21]) * PAGE,
     )
 
 
@@ -198,6 +200,50 @@ def processes() -> Iterator[Task]:
             yield found
 
 
+class Entry(NamedTuple):
+    """What a listing of processes shows of one. `start` is 0 for a kernel thread."""
+
+    start: int
+    uid: int
+    gid: int
+
+
+class Listing:
+    """The processes for a listing of them: /proc/PID/stat is read once in the life of each.
+
+    That it is still the same process is seen by the inode of /proc/PID, which stat(2) has at a
+    sixth of the cost of reading a file there; proc makes a new one for every new process.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, float], int]] = {}
+
+    def entries(self) -> dict[str, Entry]:
+        """Return all processes but kernel threads by the names that they have in /proc."""
+        known: dict[str, tuple[tuple[int, float], int]] = {}
+        found: dict[str, Entry] = {}
+        for name in os.listdir("/proc"):
+            if not name.isdecimal():
+                continue
+            try:
+                meta = os.stat(f"/proc/{name}")
+            except OSError:
+                continue
+            mark = meta.st_ino, meta.st_ctime
+            before = self._known.get(name)
+            start = before[1] if before is not None and before[0] == mark else _start(int(name))
+            known[name] = mark, start
+            if start:
+                found[name] = Entry(start, meta.st_uid, meta.st_gid)
+        self._known = known
+        return found
+
+
+def _start(pid: int) -> int:
+    found = task(pid)
+    return 0 if found is None or found.is_kernel_thread else found.start
+
+
 def threads(pid: int) -> tuple[int, ...]:
     """Return the thread ids of a process, its own pid among them."""
     try:
@@ -210,8 +256,12 @@ def children(pid: int) -> tuple[int, ...]:
     """Return the children of all threads of a process, zombies among them."""
     found: list[int] = []
     for tid in threads(pid):
-        found += [int(x) for x in (_read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
+        found += _children_of(pid, tid)
     return tuple(sorted(found))
+
+
+def _children_of(pid: int, tid: int) -> list[int]:
+    return [int(x) for x in (_read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
 
 
 def tree(root: int) -> tuple[Task, ...]:
@@ -221,7 +271,9 @@ def tree(root: int) -> tuple[Task, ...]:
         return ()
     found = [first]
     for parent in found:
-        found += [child for pid in children(parent.pid) if (child := task(pid)) is not None]
+        one = parent.threads == 1
+        heirs = _children_of(parent.pid, parent.pid) if one else children(parent.pid)
+        found += [child for pid in heirs if (child := task(pid)) is not None]
     return tuple(found)
 
 

@@ -30,6 +30,7 @@ from .verbs import VERSION
 log = logging.getLogger(__name__)
 STAYS_S = 1.0
 HIDDEN_S = 5.0
+CHANGING_LINKS = ("self", "images/APP/latest", "images/APP/LABEL", "nodes/NODE/procs/PID/job")
 XATTR = b"user.krg."
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -105,6 +106,10 @@ class Mount(pyfuse3.Operations):
             foreign_pid_ns=len(found.ns_pids) > 1,
         )
 
+    def _reader(self, ctx: pyfuse3.RequestContext) -> Caller:
+        """Return as much of the caller as reading needs, which is what the request itself says."""
+        return Caller(uid=ctx.uid, gid=ctx.gid, pid=ctx.pid, tid=ctx.pid)
+
     def _sight(self, caller: Caller) -> Sight:
         return Sight(self.client.view, caller.uid, caller.pid, self.client.listings)
 
@@ -163,7 +168,7 @@ class Mount(pyfuse3.Operations):
         entry.st_nlink = 2 if row.kind is Kind.DIR else 1
         entry.entry_timeout = 0.0 if row.kind is Kind.VERB else STAYS_S
         entry.attr_timeout = 0.0 if row.kind in (Kind.VERB, Kind.GROWING, Kind.DATA) else STAYS_S
-        if row.kind is Kind.LINK:
+        if row.path in CHANGING_LINKS:
             entry.entry_timeout = entry.attr_timeout = 0.0
         entry.st_blksize = wire.MAX_DATA if row.kind is Kind.DATA else 4096
         self._size(place, entry, sight)
@@ -215,8 +220,7 @@ class Mount(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOENT)
         found = [item for item in tree.entries(sight, place) if not self._is_hidden(item[1])]
         self._next_listing += 1
-        caller = Caller(uid=ctx.uid, gid=ctx.gid, pid=ctx.pid)
-        self._listings[self._next_listing] = found, caller
+        self._listings[self._next_listing] = found, self._reader(ctx)
         return self._next_listing
 
     @guarded
@@ -243,7 +247,9 @@ class Mount(pyfuse3.Operations):
         self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         place = self.inodes.place(inode)
-        number = self.handles.open(inode, place, self._caller(ctx), flags)
+        asks_agent = place.row.kind in (Kind.VERB, Kind.DATA)
+        caller = self._caller(ctx) if asks_agent else self._reader(ctx)
+        number = self.handles.open(inode, place, caller, flags)
         return pyfuse3.FileInfo(fh=number, direct_io=True, keep_cache=False)
 
     @guarded
@@ -255,7 +261,8 @@ class Mount(pyfuse3.Operations):
         return await self.handles.write(fh, off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
-        pass
+        """Say once that there is no flush: the kernel does not ask again."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         pass

@@ -140,11 +140,13 @@ class Handles:
         return handle.place.row.render(self._sight(handle.caller), handle.place)
 
     async def _content(self, handle: Handle) -> bytes:
-        sight = self._sight(handle.caller)
-        if not tree.is_there(sight, handle.place):
-            raise Gone(f"{tree.path_of(handle.place)}: it has ended")
         content = self._rendered(handle)
-        if content or handle.place.row.kind is not Kind.VERB:
+        is_verb = handle.place.row.kind is Kind.VERB
+        if content and not is_verb:
+            return content
+        if not tree.is_there(self._sight(handle.caller), handle.place):
+            raise Gone(f"{tree.path_of(handle.place)}: it has ended")
+        if content or not is_verb:
             return content
         await self._while_restoring()
         return self._rendered(handle)

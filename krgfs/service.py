@@ -145,9 +145,8 @@ def up(places: Places, node: str = "", criu: str = "") -> Up:
 
     Raises TimedOut or EngineFailed, with what the daemon said, after ending what was started.
     """
-    name = node_online(places)
-    if name and (os.geteuid() or agent_pid(places)):
-        return _found(places, name, ())
+    if (name := node_online(places)) and (pid := agent_pid(places)):
+        return _found(places, name, pid, ())
     if os.geteuid():
         raise NotYours("krgfs is not up, and only root can start it: run `krg up` as root")
     commands = {
@@ -167,12 +166,12 @@ def up(places: Places, node: str = "", criu: str = "") -> Up:
                     if running is None and not is_there[daemon]():
                         started.append(daemon)
                         _start(places, daemon, command)
-            name = _await(places, marks)
+            name, pid = _await(places, marks)
         except KrgError:
             for daemon in reversed(started):
                 _end(places, daemon, MOUNT_ENDS_S)
             raise
-    return _found(places, name, tuple(started))
+    return _found(places, name, pid, tuple(started))
 
 
 def program(name: str) -> str:
@@ -241,10 +240,11 @@ def _start(places: Places, daemon: str, command: list[str]) -> None:
         raise EngineFailed(f"cannot start the {daemon}: {said or 'krg-keeper failed'}")
 
 
-def _await(places: Places, marks: Mapping[str, int]) -> str:
-    """Return this node's name as soon as all answers; raises with a daemon's words if one dies."""
+def _await(places: Places, marks: Mapping[str, int]) -> tuple[str, int]:
+    """Return this node's name and its agent's pid as soon as all answers; raises with a daemon's
+    words if one dies."""
     end = time.monotonic() + UP_S
-    while not (name := node_online(places)) or not agent_pid(places):
+    while not (name := node_online(places)) or not (pid := agent_pid(places)):
         for daemon in (AGENT, MOUNT):
             said = _said(places.log(daemon), marks[daemon])
             if DIED in said:
@@ -254,12 +254,12 @@ def _await(places: Places, marks: Mapping[str, int]) -> str:
             said = _tail(_said(places.log(silent), marks[silent]))
             raise TimedOut(f"the {silent} did not answer within {UP_S:.0f} s; it said:\n{said}")
         time.sleep(LOOK_S)
-    return name
+    return name, pid
 
 
-def _found(places: Places, name: str, started: tuple[str, ...]) -> Up:
+def _found(places: Places, name: str, pid: int, started: tuple[str, ...]) -> Up:
     criu = Files(places.mount).pairs("nodes", name, "info").get("criu_path", "")
-    return Up(name, agent_pid(places), started, criu)
+    return Up(name, pid, started, criu)
 
 
 def _size(path: str) -> int:

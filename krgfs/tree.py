@@ -139,11 +139,15 @@ def _keepers(sight: Sight) -> set[int]:
     return {tree.keeper.pid for tree in sight.view.trees.values() if tree.keeper is not None}
 
 
+_processes = facts.Listing()
+
+
 def _pid_names(sight: Sight, place: Place) -> Iterator[tuple[str, tuple[int, int]]]:
     keepers = _keepers(sight)
-    for each in facts.processes():
-        if each.pid not in keepers:
-            yield str(each.pid), (each.pid, each.start)
+    for name, entry in _processes.entries().items():
+        pid = int(name)
+        if pid not in keepers:
+            yield name, (pid, entry.start)
 
 
 def _find_pid(sight: Sight, place: Place, name: str) -> tuple[int, int] | None:

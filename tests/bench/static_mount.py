@@ -60,9 +60,6 @@ class Static(pyfuse3.Operations):
     async def read(self, fh, off, size):
         return CONTENT[off : off + size]
 
-    async def flush(self, fh):
-        pass
-
     async def release(self, fh):
         pass
 

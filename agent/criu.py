@@ -1,0 +1,404 @@
+"""CRIU: which one is used, how a tree is dumped, and how its restore is planned.
+
+This room and its neighbours are all that knows CRIU: criu_options (what it is told, and why),
+criu_run (a dumper at work is never ended), criu_images (its files), criu_words (its complaints).
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+import zstandard
+
+from krgfs import facts
+from krgfs.errors import EngineFailed, Fate, Gone, KrgError
+from krgfs.facts import Task
+from krgfs.model import Caller, Frozen
+from krgfs.verbs import Checkpoint, ImageRef, Restart, image_ref, signal_name
+
+from . import criu_images, criu_options, criu_run, criu_words, keepers, procs
+from .criu_options import Option, Substitute
+from .criu_run import LastWord, Started
+from .images import Manifest
+from .keepers import Inherit, LaunchFailed, Owner, Plan
+from .outside import End
+from .procs import ProcessTree
+
+OLDEST = (4, 2)
+FETCHED = "/usr/local/lib/krgfs/criu/usr/sbin/criu"  # by contrib/fetch-criu
+FEATURES = ("mem_dirty_track", "network_lock_nftables", "pagemap_scan", "timens", "uffd-noncoop")
+SAID_BYTES = 4 << 20
+
+wait_for_end = criu_run.wait_for_end
+unlock_network = criu_run.unlock_network
+
+
+# -- the engine
+
+
+class Engine(NamedTuple):
+    """A CRIU that can be used: its path, its version ("4.2.1"), what this kernel lets it do."""
+
+    path: str
+    version: str
+    features: tuple[str, ...] = ()
+
+    @classmethod
+    async def find(cls, path: str | None = None) -> Engine:
+        """Return the CRIU at `path`, else the one that KRG_CRIU names, else the one on PATH if it
+        is recent enough, else the one that contrib/fetch-criu fetched.
+
+        Raises EngineFailed that says what was found instead and what to do.
+        """
+        named = path or os.environ.get("KRG_CRIU")
+        found = []
+        for candidate in (named,) if named else (shutil.which("criu"), FETCHED):
+            version = await _version(candidate) if candidate else None
+            if candidate and version and _is_recent(version):
+                return cls(candidate, version, await _features(candidate))
+            if candidate:
+                found.append(f"{candidate} is {version or 'no CRIU that starts here'}")
+        raise EngineFailed(
+            f"there is no CRIU {'.'.join(map(str, OLDEST))} or newer to use: "
+            f"{'; '.join(found) or 'none is installed'}; run contrib/fetch-criu, or name one by "
+            "KRG_CRIU"
+        )
+
+
+async def _version(path: str) -> str | None:
+    said = await _ask(path, "--version")
+    found = re.search(r"^Version: (\d[\w.]*)", said or "", re.MULTILINE)
+    return found[1] if found else None
+
+
+def _is_recent(version: str) -> bool:
+    numbers = tuple(int(each) for each in re.findall(r"\d+", version)[:2])
+    return numbers >= OLDEST
+
+
+async def _features(path: str) -> tuple[str, ...]:
+    there = []
+
+    async def check(feature: str) -> None:
+        if await _ask(path, "check", "--feature", feature) is not None:
+            there.append(feature)
+
+    async with trio.open_nursery() as nursery:
+        for feature in FEATURES:
+            nursery.start_soon(check, feature)
+    return tuple(sorted(there))
+
+
+async def _ask(path: str, *words: str) -> str | None:
+    """Return what a CRIU says, None when it does not start or says no."""
+    try:
+        done = await trio.run_process(
+            [path, *words], capture_stdout=True, stderr=subprocess.STDOUT, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+# -- dump
+
+
+class DumpReport(NamedTuple):
+    """A dump that succeeded. `timings` are milliseconds as CRIU measured them, by name; `seconds`
+    is all of it as the caller felt it; `bytes` is the memory that was written."""
+
+    frozen_ms: float
+    options: tuple[Option, ...]
+    pages: int
+    bytes: int
+    timings: dict[str, float]
+    seconds: float
+
+
+Commit = Callable[[DumpReport], Awaitable[None]]
+
+
+def dump_options(
+    engine: Engine,
+    tree: ProcessTree,
+    into: str | Path,
+    words: Checkpoint,
+    ends: Sequence[End],
+    frozen: Frozen | None,
+) -> list[Option]:
+    """Return what CRIU is told to dump a tree into a directory; see criu_options."""
+    return criu_options.for_dump(tree, Path(into), work_dir(into), words, ends, frozen)
+
+
+def work_dir(into: str | Path) -> Path:
+    """Return where log and statistics of a dump are, until `kept_words` takes them away."""
+    return Path(f"{into}.work")
+
+
+async def dump(
+    engine: Engine,
+    tree: ProcessTree,
+    into: str | Path,
+    options: Sequence[Option],
+    started: Started,
+    progress: Callable[[int], None],
+    commit: Commit | None = None,
+) -> DumpReport:
+    """Dump a tree into an empty directory; it runs on (or stays frozen) unless `options` say that
+    it ends with the dump, see `is_ended_by`.
+
+    `started` is told pid and start time of what works; `progress` how many bytes are written.
+    `commit` is awaited when all is written, with the tree still as the dump left it; where the
+    dump ends the tree, before that: it then has to be given, and if it raises the tree runs on.
+
+    Nothing ends CRIU: cancelled, waits for its own end and then is cancelled, the tree running.
+    Raises what CRIU's complaint means, as a sentence about the tree, with the tree's fate.
+    """
+    if is_ended_by(options) and commit is None:
+        raise ValueError("a dump that ends its tree needs a commit")
+    into, work, begun = Path(into), work_dir(into), time.monotonic()
+    command = (*_way_to(tree), engine.path, "dump", *_words(options))
+    work.mkdir(mode=0o700)
+
+    async def finish() -> DumpReport:
+        await trio.to_thread.run_sync(criu_images.mend, into)
+        report = _report(work, options, begun)
+        if commit is not None:
+            await commit(report)
+        return report
+
+    last_word = LastWord(work, finish) if is_ended_by(options) else None
+    watch = partial(criu_run.watch_size, into, progress)
+    code = await criu_run.run(command, tree, work, started, watch, last_word)
+    if last_word is not None and last_word.said_yes:
+        procs.kill(tree)  # it is committed: should CRIU not have ended the tree, that is ours to do
+        return _report(work, options, begun)
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if last_word is not None and last_word.failure is not None:
+        raise last_word.failure
+    if code != 0 or not (into / f"core-{tree.inner_root}.img").exists():
+        raise await _complaint(tree, work, code)
+    return await finish()
+
+
+def is_ended_by(options: Iterable[Option]) -> bool:
+    """Tell whether a dump with these options ends its tree."""
+    return not any("--leave-running" in option.words for option in options)
+
+
+def _words(options: Iterable[Option]) -> list[str]:
+    return [word for option in options for word in option.words]
+
+
+def _way_to(tree: ProcessTree) -> list[str]:
+    """Return the words before CRIU's own: into the tree's namespaces, as its user where needed."""
+    words: list[str] = []
+    if namespaces := criu_options.namespaces_to_enter(tree):
+        words += ["nsenter", f"--target={tree.pid}", *namespaces, "--"]
+    if (user := criu_options.user_to_be(tree)) is not None:
+        words += [keepers.binary(), "as", f"--uid={user.uid}", f"--gid={user.gid}"]
+        if user.groups:
+            words.append("--groups=" + ",".join(map(str, user.groups)))
+        words.append("--")
+    return words
+
+
+def _report(work: Path, options: Sequence[Option], begun: float) -> DumpReport:
+    """Return what CRIU measured; before its end there is only its log to go by."""
+    if (work / "stats-dump").exists():
+        stats = criu_images.dump_stats(work)
+    else:
+        frozen_ms = criu_words.frozen_ms_so_far(_read(work / "dump.log"))
+        stats = criu_images.DumpStats(frozen_ms=frozen_ms)
+    return DumpReport(
+        frozen_ms=stats.frozen_ms,
+        options=tuple(options),
+        pages=stats.pages_written,
+        bytes=stats.pages_written * criu_images.PAGE_BYTES,
+        timings={
+            "freezing_ms": stats.freezing_ms,
+            "frozen_ms": stats.frozen_ms,
+            "memdump_ms": stats.memdump_ms,
+            "memwrite_ms": stats.memwrite_ms,
+        },
+        seconds=time.monotonic() - begun,
+    )
+
+
+async def _complaint(tree: ProcessTree, work: Path, code: int) -> KrgError:
+    """Put right what CRIU left where it did not end by itself, and say what became of the tree."""
+    log = await trio.to_thread.run_sync(_log, work)
+    kind: type[KrgError] = EngineFailed
+    left: list[str] = []
+    if code < 0:
+        with trio.CancelScope(shield=True):
+            left = await criu_run.heal(tree, log)
+        sentence = f"CRIU was ended by signal {signal_name(-code)} in the middle; try again"
+    else:
+        inner = {ids.ns_pids[-1]: pid for pid, ids in tree.credentials.items() if ids.ns_pids}
+        kind, sentence, _ = criu_words.explain(log, inner)
+    fate = procs.fate(tree)
+    if fate is Fate.GONE:
+        kind = Gone
+    message = "; ".join((f"cannot dump tree {tree.pid}: {sentence}", *left))
+    return kind(message, fate=fate)
+
+
+# -- restore
+
+
+def restore_plan(
+    engine: Engine,
+    manifest: Manifest,
+    images: str | Path,
+    words: Restart,
+    caller: Caller,
+    private: bool,
+    directory: str,
+) -> Plan:
+    """Return what a keeper with this directory is to start, so that an image lives again.
+
+    With `private` the tree gets pids and mounts of its own. What the image needs and is not whole
+    raises Damaged; a cgroup that is not there BadWords or Gone.
+    """
+    images, keeper_dir = Path(images), Path(directory)
+    criu_images.check_pages(images)
+    shape = criu_images.shape(images)
+    terminal = criu_images.dumped(images).has_outer_terminal
+    replaced = criu_options.substitutes(images, manifest.ends)
+    owner = _owner(manifest, shape.root)
+    out = ""
+    if terminal or any(each.mode == "a" for each in replaced):
+        out, owner = _output(manifest, owner, keeper_dir)
+    pidfile = keeper_dir / "pid"
+    options = criu_options.for_restore(images, keeper_dir, pidfile, replaced)
+    return Plan(
+        command=(engine.path, "restore", *_words(options)),
+        pidfile=str(pidfile),
+        new_pid=private,
+        cgroups=_cgroups(words, manifest, caller, keeper_dir.name),
+        out=out if terminal else "",
+        pty=terminal,
+        inherit=tuple(_inherit(each, out) for each in replaced),
+        owner=owner,
+        log=str(keeper_dir / criu_run.SAID),
+        note=manifest.ref,
+        explain=partial(_restore_complaint, manifest.ref, keeper_dir),
+    )
+
+
+def _inherit(each: Substitute, out: str) -> Inherit:
+    return Inherit(each.fd, out if each.mode == "a" else os.devnull, each.mode)
+
+
+def _cgroups(words: Restart, manifest: Manifest, caller: Caller, name: str) -> tuple[str, ...]:
+    match words.cgroup:
+        case "own":
+            return keepers.own_cgroups(manifest.app, name)
+        case "caller":
+            return keepers.cgroups_of(caller.pid)
+        case path:
+            return keepers.cgroups_at(path)
+
+
+def _owner(manifest: Manifest, root: int) -> Owner:
+    """Return whose the tree is: files are opened in its stead as that user."""
+    for task in manifest.tree:
+        if task.pid == root and task.uid >= 0:
+            return Owner(task.uid, task.gid)
+    return Owner(manifest.uid, manifest.gid)
+
+
+def _output(manifest: Manifest, owner: Owner, fallback: Path) -> tuple[str, Owner]:
+    """Return the file for the output of a tree that had its reader elsewhere, and who opens it.
+
+    krg-APP.out in its working directory; where its user may not write there, in their home; else in
+    a directory of ours.
+    """
+    name = f"krg-{manifest.app}.out"
+    try:
+        home = pwd.getpwuid(owner.uid).pw_dir
+    except KeyError:
+        home = ""
+    for place in (manifest.cwd, home):
+        if place.startswith("/") and _may_write(owner, place, name):
+            return os.path.join(place, name), owner
+    return str(fallback / name), Owner(os.geteuid(), os.getegid())
+
+
+MAY_WRITE = '[ -w "$1" ] || { [ ! -e "$1" ] && [ ! -L "$1" ] && [ -d "$2" ] && [ -w "$2" ]; }'
+
+
+def _may_write(owner: Owner, place: str, name: str) -> bool:
+    """Tell whether a user may append to a file, which need not exist, by asking as that user."""
+    user = (f"--uid={owner.uid}", f"--gid={owner.gid}", "--drop-caps")
+    test = ("/bin/sh", "-c", MAY_WRITE, "sh", os.path.join(place, name), place)
+    done = subprocess.run([keepers.binary(), "as", *user, "--", *test], capture_output=True)
+    return done.returncode == 0
+
+
+def _restore_complaint(ref: str, directory: Path, failed: LaunchFailed) -> KrgError:
+    """Say why a restore failed; nothing of it runs."""
+    if not failed.end:
+        return EngineFailed(f"cannot restart {ref}: {failed.message}")
+    if failed.end.startswith("signal") and not failed.end.endswith("SEGV"):
+        return EngineFailed(f"cannot restart {ref}: CRIU was ended by {failed.end}; try again")
+    kind, sentence, _ = criu_words.explain(_log(directory))
+    return kind(f"cannot restart {ref}: {sentence}")
+
+
+def image_of_keeper(directory: str) -> ImageRef:
+    """Return the image that the tree of a keeper's directory was restored from."""
+    return image_ref(keepers.status(directory).note)
+
+
+def clashes(wanted: Collection[int]) -> list[tuple[int, Task]]:
+    """Return which of these pids and tids are taken, and by what: zombies, which go away once
+    their parent reaps them, and others."""
+    found = ((pid, facts.task(pid)) for pid in sorted(wanted))
+    return [(pid, task) for pid, task in found if task is not None]
+
+
+# -- what CRIU said
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _log(directory: Path) -> str:
+    """Return all that CRIU said: its log, and before it what it said while it had none."""
+    names = (criu_run.SAID, "dump.log", "restore.log")
+    return "".join(_read(directory / name) for name in names)
+
+
+async def kept_words(directory: str | Path, path: str) -> str:
+    """Take what CRIU said in a dump or restore out of its directories, and keep it at `path`.
+
+    Compressed by zstd, what matters first, at most 4 MiB of it. Returns the same text.
+    """
+
+    def keep() -> str:
+        work = work_dir(directory)
+        log = _log(work if work.exists() else Path(directory))
+        text = "\n".join((*criu_words.lines_that_matter(log), ""))[:SAID_BYTES]
+        if text:
+            with open(path, "wb", opener=partial(os.open, mode=0o600)) as file:
+                file.write(zstandard.compress(text.encode(errors="replace")))
+        shutil.rmtree(work, ignore_errors=True)
+        return text
+
+    return await trio.to_thread.run_sync(keep)
