@@ -278,6 +278,23 @@ def test_fails_when_it_was_told_of_an_error(begin: Begin, directory: Path) -> No
     assert (directory / "outcomes").read_text() == "error EIO it broke\n"
 
 
+def test_log_that_ran_on_before_its_last_line_is_cut_back(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    log = AppendLog(str(file))
+    log.append()
+    image = copy.copy(log)
+    for _ in range(3):
+        log.append()
+    ran_on = file.read_bytes()
+    image.append()
+    file.write_bytes(ran_on + file.read_bytes()[-30:])
+    image.append()
+    image.check()
+    file.write_bytes(ran_on + ran_on[:30])
+    with pytest.raises(AssertionError, match="has a wrong"):
+        image.check()
+
+
 def test_log_that_ran_on_is_cut_back_to_what_memory_knows(tmp_path: Path) -> None:
     log = AppendLog(str(tmp_path / "log"))
     log.append()

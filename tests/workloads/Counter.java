@@ -11,7 +11,7 @@ import java.security.SecureRandom;
 import java.util.Arrays;
 import java.util.HexFormat;
 
-/** Java: `java Counter.java DIR`. Lines written to a file, garbage all the time, a chain in memory. */
+/** Java: `java Counter.java DIR`. Lines appended to a file, and a chain in memory. */
 public final class Counter {
     private static final int LINE = 12 + 1 + 16 + 1;
 
@@ -74,7 +74,10 @@ public final class Counter {
         Runtime.getRuntime().halt(failure == null ? 0 : 1);
     }
 
-    /** What is in the file behind what memory knows must be what would come next; it is cut off. */
+    /**
+     * What is in the file behind what memory knows must be what would come next; it is cut off.
+     * Behind that our last line may be once more: the image was made just before it was written.
+     */
     private void cutBack() throws IOException {
         long known = (long) count * LINE;
         int surplus = (int) (Files.size(logPath) - known);
@@ -82,17 +85,19 @@ public final class Counter {
         if (surplus == 0) {
             return;
         }
-        byte[] found = Files.readAllBytes(logPath);
-        byte[] chain = last;
-        int at = (int) known;
-        for (int number = count; at < found.length; number++) {
-            chain = link(chain, number);
-            for (byte expected : line(number, chain)) {
-                if (at < found.length) {
-                    expect(found[at++] == expected, "the log goes on wrongly after line " + count);
-                }
-            }
+        String found = Files.readString(logPath).substring((int) known);
+        String written = count > 0 ? new String(line(count - 1, last)) : "none";
+        while (found.endsWith(written)) {
+            found = found.substring(0, found.length() - LINE);
         }
+        StringBuilder coming = new StringBuilder();
+        byte[] chain = last;
+        for (int number = count; coming.length() < found.length(); number++) {
+            chain = link(chain, number);
+            coming.append(new String(line(number, chain)));
+        }
+        boolean follows = coming.toString().startsWith(found);
+        expect(follows, "the log goes on wrongly after line " + count);
         log.getChannel().truncate(known);
     }
 

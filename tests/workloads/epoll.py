@@ -6,6 +6,7 @@ import select
 import struct
 import sys
 import time
+from contextlib import suppress
 
 from judge import Judge, judged
 
@@ -26,8 +27,11 @@ class Watch:
         self._touched = os.path.join(directory, "touched")
 
     def touch(self) -> None:
-        os.close(os.open(self._touched, os.O_WRONLY | os.O_CREAT))
-        os.unlink(self._touched)
+        """Make something appear and vanish. After a restart it may be there, or gone, already."""
+        with suppress(FileExistsError):
+            os.mkdir(self._touched)
+        with suppress(FileNotFoundError):
+            os.rmdir(self._touched)
 
     def has_seen(self) -> bool:
         """Read all events; returns whether one of them was our touch."""
