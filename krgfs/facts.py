@@ -216,10 +216,12 @@ class Listing:
     """
 
     def __init__(self) -> None:
+        self.seen: dict[str, Entry] = {}
         self._known: dict[str, tuple[tuple[int, float], int]] = {}
 
     def entries(self) -> dict[str, Entry]:
-        """Return all processes but kernel threads by the names that they have in /proc."""
+        """Return all processes but kernel threads by the names that they have in /proc; `seen` is
+        what was returned last."""
         known: dict[str, tuple[tuple[int, float], int]] = {}
         found: dict[str, Entry] = {}
         for name in os.listdir("/proc"):
@@ -235,7 +237,7 @@ class Listing:
             known[name] = mark, start
             if start:
                 found[name] = Entry(start, meta.st_uid, meta.st_gid)
-        self._known = known
+        self._known, self.seen = known, found
         return found
 
 

@@ -30,7 +30,8 @@ from .verbs import VERSION
 log = logging.getLogger(__name__)
 STAYS_S = 1.0
 HIDDEN_S = 5.0
-CHANGING_LINKS = ("self", "images/APP/latest", "images/APP/LABEL", "nodes/NODE/procs/PID/job")
+CHANGING = (Kind.VERB, Kind.LINK)
+STABLE = (Kind.DIR, Kind.STATE)
 XATTR = b"user.krg."
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -76,6 +77,7 @@ class Mount(pyfuse3.Operations):
         self._hidden: dict[Place, float] = {}
         self._listings: dict[int, tuple[list[tuple[str, Place]], Caller]] = {}
         self._next_listing = 0
+        self._processes: dict[int, pyfuse3.EntryAttributes] = {}
         self._pinned: dict[int, list[Place]] = {}
         self._polls: dict[int, pyfuse3.PollHandle] = {}
         self._nursery: trio.Nursery | None = None
@@ -141,7 +143,8 @@ class Mount(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
-            self.inodes.forget(inode, lookups)
+            if self.inodes.forget(inode, lookups):
+                self._processes.pop(inode, None)
 
     @guarded
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -166,14 +169,14 @@ class Mount(pyfuse3.Operations):
         entry.st_mode = row.type | self._mode(place, sight)
         entry.st_uid, entry.st_gid = row.owner(sight, place)
         entry.st_nlink = 2 if row.kind is Kind.DIR else 1
-        entry.entry_timeout = 0.0 if row.kind is Kind.VERB else STAYS_S
-        entry.attr_timeout = 0.0 if row.kind in (Kind.VERB, Kind.GROWING, Kind.DATA) else STAYS_S
-        if row.path in CHANGING_LINKS:
-            entry.entry_timeout = entry.attr_timeout = 0.0
+        entry.entry_timeout = 0.0 if row.kind in CHANGING else STAYS_S
+        entry.attr_timeout = STAYS_S if row.kind in STABLE else 0.0
         entry.st_blksize = wire.MAX_DATA if row.kind is Kind.DATA else 4096
         self._size(place, entry, sight)
         created = self._created(place, sight)
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = created
+        if row.name == "PID":
+            self._processes[inode] = entry
         return entry
 
     def _mode(self, place: Place, sight: Sight) -> int:
@@ -206,7 +209,7 @@ class Mount(pyfuse3.Operations):
             job = sight.view.jobs.get(place.args[0])
             return int((job.ended or job.started) * 1e9) if job else 0
         if "/PID" in row.path:
-            return int((facts.BOOT_TIME + place.args[2] / facts.CLOCK_TICKS) * 1e9)
+            return int((facts.BOOT_TIME + place.args[-1] / facts.CLOCK_TICKS) * 1e9)
         return int(facts.BOOT_TIME * 1e9)
 
     # -- directories
@@ -227,15 +230,26 @@ class Mount(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         found, caller = self._listings[fh]
         sight = self._sight(caller)
-        for position in range(start_id, len(found)):
+        for position in range(start_id, len(found)):  # this loop is what ls -l waits for
             name, place = found[position]
             inode = self.inodes.shown(place)
-            entry = self._attributes(place, inode, sight)
+            entry = self._listed(place, inode) or self._attributes(place, inode, sight)
             raw = name.encode("utf-8", "surrogateescape")
             if not pyfuse3.readdir_reply(token, raw, entry, position + 1):
                 self.inodes.drop_unused(inode)
                 return
             self.inodes.counted(inode)
+
+    def _listed(self, place: Place, inode: int) -> pyfuse3.EntryAttributes | None:
+        """Return the attributes of a process directory that was looked up before: only its owner
+        can have changed, and that was seen when the directory was opened."""
+        known = self._processes.get(inode)
+        if known is not None:
+            owner = tree.listed_owner(place)
+            if owner is None:
+                return None
+            known.st_uid, known.st_gid = owner
+        return known
 
     async def releasedir(self, fh: FileHandleT) -> None:
         self._listings.pop(fh, None)
@@ -294,7 +308,7 @@ class Mount(pyfuse3.Operations):
         from .handles import ended
 
         with suppress(KrgError):
-            await ended(place.args[1], place.args[2])
+            await ended(place.args[-2], place.args[-1])
         self._notify_polls()
 
     def _notify_polls(self) -> None:
@@ -463,6 +477,8 @@ class Mount(pyfuse3.Operations):
         self._hidden[place] = trio.current_time() + HIDDEN_S
 
     def _is_hidden(self, place: Place) -> bool:
+        if not self._hidden:
+            return False
         until = self._hidden.get(place)
         if until is None:
             return False
@@ -520,9 +536,9 @@ class Mount(pyfuse3.Operations):
         if place.row.path == "images/APP/VERSION":
             found = tree.version_of(sight, *place.args)
             pairs = _image_facts(found) if isinstance(found, Image) else {"complete": "no"}
-        elif place.row.path == "nodes/NODE/procs/PID":
+        elif place.row.path.endswith("procs/PID"):
             known = tree.tree_of(sight, place)
-            pairs = {"node": place.args[0]}
+            pairs = {"node": tree.node_of(sight, place)}
             if known is not None:
                 pairs |= {"app": known.app, "last_image": known.last_image}
         return {XATTR + key.encode(): str(value).encode() for key, value in pairs.items()}

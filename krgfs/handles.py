@@ -246,7 +246,7 @@ class Handles:
             return
         with self._blocked.brief(caller):
             accepted = await self._client.submit(
-                caller, place.row.verb, tree.path_of(place).rpartition("/")[0], text, start
+                caller, place.row.verb, self._object(handle), text, start
             )
         if isinstance(command, Freeze) and command.while_open:
             handle.job = accepted.job
@@ -254,9 +254,14 @@ class Handles:
             return
         await self._until_over(handle, accepted.job)
 
+    def _object(self, handle: Handle) -> str:
+        """Return the directory that the verb file is in, as everybody names it."""
+        place = tree.canonical(self._sight(handle.caller), handle.place)
+        return tree.path_of(place).rpartition("/")[0]
+
     def _object_pid(self, place: Place) -> tuple[int, int]:
         if "/PID/" in place.row.path:
-            return place.args[1], place.args[2]
+            return place.args[-2], place.args[-1]
         return 0, 0
 
     async def _until_over(self, handle: Handle, number: int) -> None:

@@ -54,14 +54,15 @@ class Inodes:
     def unpin(self, place: Place) -> None:
         self._pinned.pop(place, None)
 
-    def forget(self, inode: int, lookups: int) -> None:
-        """The kernel dropped so many lookups; at none, the number is gone for good."""
+    def forget(self, inode: int, lookups: int) -> bool:
+        """The kernel dropped so many lookups; at none, the number is gone for good: True then."""
         left = self._lookups.get(inode, 0) - lookups
         if left > 0 or inode == ROOT_INODE:
             self._lookups[inode] = left
-            return
+            return False
         self._lookups.pop(inode, None)
         self._drop(inode)
+        return True
 
     def drop_unused(self, inode: int) -> None:
         """Undo `shown` where the entry did not fit into the answer."""
@@ -74,9 +75,7 @@ class Inodes:
             del self._numbers[place]
 
     def _number_for(self, place: Place) -> int:
-        pinned = self._pinned.get(place)
-        if pinned in self._places:
-            assert pinned is not None
+        if self._pinned and (pinned := self._pinned.get(place, 0)) in self._places:
             return pinned
         known = self._numbers.get(place)
         if known is not None and place.row.kind is not Kind.VERB:

@@ -24,11 +24,15 @@ def version() -> bytes:
 
 
 def readme(rows: Iterable[tuple[str, str]]) -> bytes:
-    lines = [f"  {path:<28} {text}" for path, text in rows]
+    """Write the interface on one page: each file, and below it what it is for."""
+    lines = []
+    for path, text in rows:
+        short = path.replace("nodes/NODE/procs/PID", "procs/PID")
+        lines.append(f"  {short}\n      {text}\n" if len(text) > 50 else f"  {short:<26}{text}\n")
     return (
         "krgfs: checkpoint, restart and migration of processes, as files.\n\n"
-        + "\n".join(lines)
-        + "\n\n  echo 1 > /krg/procs/PID/checkpoint     freeze, dump, thaw; returns when durable\n"
+        + "".join(lines)
+        + "\n  echo 1 > /krg/procs/PID/checkpoint     freeze, dump, thaw; returns when durable\n"
         "  cat /krg/procs/PID/checkpoint          APP/vN\n"
         "  echo APP/vN > /krg/restart             bring it back\n\n"
         "See krgfs(5) for every file and word, krgfs(7) for the ideas.\n"

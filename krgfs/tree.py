@@ -7,6 +7,7 @@ All functions here are pure functions of a Sight: the View, the facts of /proc, 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,31 +38,37 @@ class Kind(enum.Enum):
     DATA = "data"
 
 
+def _root(sight: Sight, place: Place) -> tuple[int, int]:
+    return 0, 0
+
+
+def _always(sight: Sight, place: Place) -> bool:
+    return True
+
+
 class Place(NamedTuple):
     """A row of the table with its variable parts filled in: one file of the mount.
 
-    Two places are the same file exactly when they are equal: a pid stands with its start time.
+    Two places are the same file exactly when they are equal: a pid stands with its start time, as
+    the last two of `args`.
     """
 
     row: Row
     args: tuple[Any, ...] = ()
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Row:
+    """One file of the table. Rows are told apart by identity, so that places hash quickly."""
+
     path: str
     kind: Kind
     mode: int
     help: str
     render: Callable[[Sight, Place], bytes] | None = None
     verb: str = ""
-    owner: Callable[[Sight, Place], tuple[int, int]] = lambda sight, place: (0, 0)
-    when: Callable[[Sight, Place], bool] = lambda sight, place: True
-
-    def __hash__(self) -> int:
-        return hash(self.path)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Row) and other.path == self.path
+    owner: Callable[[Sight, Place], tuple[int, int]] = _root
+    when: Callable[[Sight, Place], bool] = _always
 
     @property
     def name(self) -> str:
@@ -69,7 +76,10 @@ class Row(NamedTuple):
 
     @property
     def type(self) -> int:
-        return {Kind.DIR: stat.S_IFDIR, Kind.LINK: stat.S_IFLNK}.get(self.kind, stat.S_IFREG)
+        return _TYPES.get(self.kind, stat.S_IFREG)
+
+
+_TYPES = {Kind.DIR: stat.S_IFDIR, Kind.LINK: stat.S_IFLNK}
 
 
 class Variable(NamedTuple):
@@ -83,7 +93,7 @@ class Variable(NamedTuple):
 
 
 def _process_owner(sight: Sight, place: Place) -> tuple[int, int]:
-    found = facts.owner(place.args[1])
+    found = facts.owner(place.args[-2])
     if found is not None:
         return found
     known = tree_of(sight, place)
@@ -116,8 +126,14 @@ def _has_job(sight: Sight, place: Place) -> bool:
 
 def tree_of(sight: Sight, place: Place) -> Tree | None:
     """Return what the agent knows of the process of a place, None when it never dealt with it."""
-    known = sight.view.trees.get(place.args[1])
-    return known if known is not None and known.id.start == place.args[2] else None
+    known = sight.view.trees.get(place.args[-2])
+    return known if known is not None and known.id.start == place.args[-1] else None
+
+
+def node_of(sight: Sight, place: Place) -> str:
+    """Return the node that the process of a place is on."""
+    node: str = place.args[0] if place.row.path.startswith("nodes/") else sight.view.node
+    return node
 
 
 def version_of(sight: Sight, app: str, name: str) -> Image | Import | None:
@@ -148,6 +164,12 @@ def _pid_names(sight: Sight, place: Place) -> Iterator[tuple[str, tuple[int, int
         pid = int(name)
         if pid not in keepers:
             yield name, (pid, entry.start)
+
+
+def listed_owner(place: Place) -> tuple[int, int] | None:
+    """Return the owner of a process directory as the last listing saw it."""
+    entry = _processes.seen.get(str(place.args[-2]))
+    return (entry.uid, entry.gid) if entry is not None else None
 
 
 def _find_pid(sight: Sight, place: Place, name: str) -> tuple[int, int] | None:
@@ -221,7 +243,7 @@ VARIABLES = {
 
 
 def _status(sight: Sight, place: Place) -> bytes:
-    return render.process_status(place.args[0], place.args[1], tree_of(sight, place))
+    return render.process_status(node_of(sight, place), place.args[-2], tree_of(sight, place))
 
 
 def _outcome(verb: str) -> Callable[[Sight, Place], bytes]:
@@ -256,7 +278,8 @@ def _index(sight: Sight, place: Place) -> bytes:
 
 def _job_link(sight: Sight, place: Place) -> bytes:
     known = tree_of(sight, place)
-    return f"../../../../jobs/{known.last_job}".encode() if known else b""
+    up = "../" * place.row.path.count("/")
+    return f"{up}jobs/{known.last_job}".encode() if known else b""
 
 
 def readme(sight: Sight, place: Place) -> bytes:
@@ -311,13 +334,7 @@ TABLE: tuple[Row, ...] = (
         "the caller's own process directory",
         lambda sight, place: f"procs/{sight.pid}".encode(),
     ),
-    Row(
-        "procs",
-        Kind.LINK,
-        0o777,
-        "the processes of this node",
-        lambda sight, place: f"nodes/{sight.view.node}/procs".encode(),
-    ),
+    Row("procs", Kind.DIR, 0o555, "the processes of this node: what is in nodes/THIS/procs"),
     Row("nodes", Kind.DIR, 0o555, "the nodes"),
     Row("nodes/NODE", Kind.DIR, 0o555, ""),
     Row(
@@ -364,7 +381,7 @@ TABLE: tuple[Row, ...] = (
         Kind.STATE,
         0o400,
         "the process and its descendants, indented",
-        lambda sight, place: render.process_tree(place.args[1]),
+        lambda sight, place: render.process_tree(place.args[-2]),
         owner=_process_owner,
     ),
     Row(
@@ -399,7 +416,9 @@ TABLE: tuple[Row, ...] = (
         Kind.VERB,
         0o600,
         "w 1: returns when it has ended; r: running | exit N | signal NAME; poll(2)",
-        lambda sight, place: render.wait_state(place.args[1], place.args[2], tree_of(sight, place)),
+        lambda sight, place: render.wait_state(
+            place.args[-2], place.args[-1], tree_of(sight, place)
+        ),
         "wait",
         _process_owner,
     ),
@@ -408,7 +427,7 @@ TABLE: tuple[Row, ...] = (
         Kind.STATE,
         0o400,
         "open files: type|id|name|pid:fd[,pid:fd]",
-        lambda sight, place: facts.files_text(facts.open_files(facts.tree(place.args[1]))),
+        lambda sight, place: facts.files_text(facts.open_files(facts.tree(place.args[-2]))),
         owner=_process_owner,
     ),
     Row(f"{_PROC}/job", Kind.LINK, 0o777, "the last job on this tree", _job_link, when=_has_job),
@@ -476,9 +495,27 @@ TABLE: tuple[Row, ...] = (
 )
 
 
+# /krg/procs is a directory of its own and no link: the kernel asks for the target of a link at
+# every use, which made each stat below it cost twice.
+ALIASES = tuple(
+    dataclasses.replace(row, path=row.path.removeprefix("nodes/NODE/"), help="")
+    for row in TABLE
+    if row.path.startswith(_PROC)
+)
+_ROWS = (*TABLE, *ALIASES)
+_BY_PATH = {row.path: row for row in TABLE}
+
+
+def canonical(sight: Sight, place: Place) -> Place:
+    """Return the one place of an object that can be reached by two paths."""
+    if not place.row.path.startswith("procs/PID"):
+        return place
+    return Place(_BY_PATH[f"nodes/NODE/{place.row.path}"], (sight.view.node, *place.args))
+
+
 def _children() -> dict[str, tuple[Row, ...]]:
-    found: dict[str, list[Row]] = {row.path: [] for row in TABLE if row.kind is Kind.DIR}
-    for row in TABLE[1:]:
+    found: dict[str, list[Row]] = {row.path: [] for row in _ROWS if row.kind is Kind.DIR}
+    for row in _ROWS[1:]:
         found[row.path.rpartition("/")[0]].append(row)
     return {path: tuple(rows) for path, rows in found.items()}
 
@@ -536,8 +573,8 @@ def path_of(place: Place) -> str:
 def is_there(sight: Sight, place: Place) -> bool:
     """Tell whether the object of a place still exists."""
     row, args = place
-    if row.path.startswith(_PROC):
-        if facts.exists(args[1], args[2]):
+    if "procs/PID" in row.path:
+        if facts.exists(args[-2], args[-1]):
             return True
         known = tree_of(sight, place)
         return known is not None and bool(known.ended)
