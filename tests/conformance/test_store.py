@@ -1,7 +1,6 @@
 """What every engine of the store protocol does, and what SQLite's does beside it."""
 
 import contextlib
-import errno
 import os
 import signal
 import sqlite3
@@ -305,6 +304,42 @@ async def test_a_commit_that_was_begun_is_not_lost_to_a_cancelled_caller(tmp_pat
         assert await store.get("a") == Record("a", b"1", returned[0])
 
 
+async def test_a_cancelled_task_does_not_take_those_along_whose_commits_it_writes(tmp_path):
+    async with opened("sqlite", tmp_path) as store:
+        leader = trio.CancelScope()
+
+        async def lead():
+            with leader:
+                await store.commit([], {"first": b""})
+
+        async with trio.open_nursery() as nursery:
+            await store._writing.acquire()
+            await store._thread.acquire()  # a read is under way, and takes its time
+            nursery.start_soon(lead)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(store.commit, [], {"second": b""})
+            await trio.testing.wait_all_tasks_blocked()
+            store._writing.release()
+            await trio.testing.wait_all_tasks_blocked()
+            leader.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            store._thread.release()
+        assert [record.key for record in await store.list("")] == ["first", "second"]
+
+
+async def test_a_transaction_that_breaks_in_the_middle_is_rolled_back(tmp_path):
+    def no_update(action, *_):
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else sqlite3.SQLITE_OK
+
+    async with opened("sqlite", tmp_path) as store:
+        store._connection.set_authorizer(no_update)
+        with pytest.raises(EngineFailed, match="not authorized"):
+            await store.commit([], {"a": b"1"})
+        store._connection.set_authorizer(None)
+        assert await store.list("") == []
+        assert await store.commit([Expect("a", 0)], {"a": b"2"}) == 1
+
+
 async def test_the_files_are_for_the_owner_alone(tmp_path):
     (tmp_path / "store.db").touch(0o644)
     async with opened("sqlite", tmp_path) as store:
@@ -391,14 +426,35 @@ def small_disk(tmp_path):
         subprocess.run(["umount", where], check=True)
 
 
+def leave(where, pages):
+    """Fill a filesystem until so many pages are free."""
+    room = os.statvfs(where)
+    filler = where / "filler"
+    filler.write_bytes(bytes((room.f_bavail - pages) * room.f_frsize))
+    return filler
+
+
+async def test_a_store_that_finds_no_room_to_begin_says_so_at_any_byte(small_disk):
+    outcomes = set()
+    for pages in range(30):
+        filler = leave(small_disk, pages)
+        try:
+            async with opened("sqlite", small_disk) as store:
+                await store.commit([], {"a": b"1"})
+                outcomes.add("works")
+        except NoRoom as exc:
+            outcomes.add("no room")
+            assert "no room left on its filesystem" in exc.message
+        filler.unlink()
+        for path in small_disk.iterdir():
+            path.unlink()
+    assert outcomes == {"works", "no room"}
+
+
 async def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
     async with opened("sqlite", small_disk) as store:
         revision = await store.commit([], {"kept": b"1"})
-        filler = small_disk / "filler"
-        with pytest.raises(OSError) as full, filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        assert full.value.errno == errno.ENOSPC
+        filler = leave(small_disk, 0)
         with pytest.raises(NoRoom, match="no room left on its filesystem; make room there"):
             await store.commit([], {"kept": bytes(900_000)})
         assert await store.get("kept") == Record("kept", b"1", revision)

@@ -1,0 +1,1025 @@
+"""Images as directories: dumps, imports, damage, full disks and what a crash leaves."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.images import (
+    MANIFEST,
+    End,
+    FileSum,
+    Images,
+    Manifest,
+    Task,
+    _together,
+    decode,
+    encode,
+)
+from krgfs.errors import (
+    BadWords,
+    CannotRunHere,
+    Damaged,
+    EngineFailed,
+    Exists,
+    Gone,
+    KrgError,
+    NoRoom,
+)
+from krgfs.wire import MAX_DATA
+
+ANNA = 1234 if os.geteuid() == 0 else os.getuid()
+TASK = Task(pid=4242, start=99, ppid=1, sid=4242, pgrp=4242, uid=ANNA, gid=ANNA, comm="blast")
+DUMPED = {"pstree.img": b"tree", "pages-1.img": bytes(range(256)) * 4096, "empty.img": b""}
+
+
+def manifest_of(version=1, app="blast", **facts):
+    facts = {"created": 1e9, "uid": ANNA, "gid": ANNA, "root": 4242, "tree": (TASK,)} | facts
+    return Manifest(app=app, version=version, **facts)
+
+
+@pytest.fixture
+async def images(tmp_path):
+    return await Images.open(tmp_path / "store")
+
+
+@pytest.fixture
+def root(images):
+    return Path(images.root)
+
+
+def fill(directory, files=DUMPED):
+    for name, data in files.items():
+        path = Path(directory) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
+
+async def make(images, version=1, app="blast", files=DUMPED, **facts):
+    """Make a version as a checkpoint does, and return its manifest."""
+    async with images.spool(version, app) as spool:
+        fill(spool.path, files)
+        await spool.seal(manifest_of(version, app, **facts), description="d", user_info="u")
+        return await spool.publish(version)
+
+
+def tree_of(directory):
+    """Everything below a directory: names, modes, owners, contents."""
+    found = {}
+    for path in sorted(Path(directory).rglob("*")):
+        facts = path.lstat()
+        data = path.read_bytes() if path.is_file() else None
+        name = str(path.relative_to(directory))
+        found[name] = (facts.st_mode, facts.st_uid, facts.st_gid, data)
+    return found
+
+
+async def copied(images, source, name, app="blast", skip=()):
+    """Copy a directory into an import, as cp -r through the mount does."""
+    await images.begin_import(app, name, ANNA, ANNA)
+    for path in sorted(Path(source).rglob("*")):
+        file = str(path.relative_to(source))
+        if path.is_file() and file not in skip:
+            data = path.read_bytes()
+            await images.write_file(app, name, file, 0, b"")
+            for at in range(0, len(data), MAX_DATA // 2):
+                await images.write_file(app, name, file, at, data[at : at + MAX_DATA // 2])
+
+
+# -- spool, seal, publish
+
+
+async def test_a_sealed_and_published_spool_is_a_version(images, root):
+    manifest = await make(images, 3, node="n1", files=DUMPED | {"files/out.txt": b"deleted"})
+    assert manifest.ref == "blast/v3"
+    assert {path.name for path in (root / "blast").iterdir()} == {"v3"}
+    assert await images.manifest("blast", 3) == manifest
+    listed = {file.name: file.size for file in await images.files("blast", "v3")}
+    assert listed.pop(MANIFEST) == (root / "blast/v3" / MANIFEST).stat().st_size
+    assert listed == {
+        **{name: len(data) for name, data in DUMPED.items()},
+        "description": 1,
+        "user_info.txt": 1,
+        "files/out.txt": 7,
+    }
+    for name, size in listed.items():
+        data = (root / "blast/v3" / name).read_bytes()
+        assert manifest.files[name] == FileSum(size, blake3(data).hexdigest())
+    assert manifest.logical_bytes == sum(listed.values())
+    assert manifest.stored_bytes >= manifest.logical_bytes
+    assert images.path("blast", 3) == str(root / "blast/v3")
+    assert await images.verify("blast", 3) == ""
+
+
+async def test_everything_belongs_to_the_owner_and_to_nobody_else(images, root):
+    old = os.umask(0)
+    async with images.spool(7, "blast") as spool:
+        assert stat.S_IMODE(os.stat(spool.path).st_mode) == 0o700
+        assert os.stat(spool.path).st_uid == os.geteuid()
+        fill(spool.path, DUMPED | {"files/x": b"x"})
+        await spool.seal(manifest_of())
+        await spool.publish(1)
+    os.umask(old)
+    found = tree_of(root / "blast")
+    assert len(found) == 9
+    for name, (mode, uid, gid, data) in found.items():
+        assert stat.S_IMODE(mode) == (0o700 if data is None else 0o600), name
+        assert (uid, gid) == (ANNA, ANNA), name
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+async def test_a_root_that_was_open_to_others_is_closed(tmp_path):
+    (tmp_path / "open").mkdir(0o755)
+    await Images.open(tmp_path / "open")
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_spool_that_is_not_published_leaves_nothing(images, root, sealed):
+    with pytest.raises(RuntimeError, match="criu"):
+        async with images.spool(7, "blast") as spool:
+            fill(spool.path, DUMPED | {"files/x": b""})
+            if sealed:
+                await spool.seal(manifest_of())
+            raise RuntimeError("criu")
+    assert tree_of(root / "blast") == {}
+
+
+async def test_a_cancelled_spool_leaves_nothing(images, root):
+    with trio.CancelScope() as scope:
+        async with images.spool(7, "blast") as spool:
+            fill(spool.path)
+            scope.cancel()
+            await spool.seal(manifest_of())
+    assert scope.cancelled_caught
+    assert tree_of(root / "blast") == {}
+
+
+async def test_hashing_and_syncing_stop_soon_when_cancelled(images):
+    async with images.spool(7, "blast") as spool:
+        with (Path(spool.path) / "pages-1.img").open("wb") as file:
+            file.truncate(64 << 30)  # would take many seconds to read
+        started = time.monotonic()
+        with trio.move_on_after(0.2):
+            await spool.seal(manifest_of())
+            pytest.fail("64 GiB were read in 0.2 s?")
+    assert time.monotonic() - started < 1
+
+
+async def test_a_job_that_has_a_spool_cannot_open_another(images, root):
+    async with images.spool(7, "blast") as spool:
+        fill(spool.path)
+        with pytest.raises(EngineFailed):
+            async with images.spool(7, "blast"):
+                pass
+        assert (Path(spool.path) / "pstree.img").exists()
+
+
+async def test_publishing_under_another_number_corrects_the_manifest(images):
+    async with images.spool(7, "blast") as spool:
+        fill(spool.path)
+        await spool.seal(manifest_of(version=1))
+        manifest = await spool.publish(5)
+    assert manifest.version == 5
+    assert await images.manifest("blast", 5) == manifest
+    assert await images.verify("blast", 5) == ""
+
+
+async def test_a_version_is_never_overwritten(images, root):
+    await make(images, 1)
+    before = tree_of(root / "blast/v1")
+    with pytest.raises(Exists, match="blast/v1"):
+        await make(images, 1, files={"other": b""})
+    (root / "blast/v2").mkdir()
+    with pytest.raises(Exists):
+        await make(images, 2)
+    assert tree_of(root / "blast/v1") == before
+    assert {path.name for path in (root / "blast").iterdir()} == {"v1", "v2"}
+
+
+async def test_a_spool_must_be_sealed_before_it_is_published(images):
+    async with images.spool(7, "blast") as spool:
+        with pytest.raises(RuntimeError, match="sealed"):
+            await spool.publish(1)
+
+
+async def test_what_is_no_plain_file_is_not_sealed(images):
+    for make_odd in (os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)):
+        async with images.spool(7, "blast") as spool:
+            make_odd(os.path.join(spool.path, "odd"))
+            with pytest.raises(Damaged, match="odd"):
+                await spool.seal(manifest_of())
+
+
+async def test_work_that_fails_ends_what_is_done_beside_it():
+    """Syncing and hashing go on at once: the disk fails one of them."""
+
+    def fail():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def hash_for_ever():
+        while True:
+            time.sleep(0.01)
+            trio.from_thread.check_cancelled()
+
+    with pytest.raises(EngineFailed, match="cannot store blast/v1: Input/output error; see"):
+        await _together("cannot store blast/v1", trio.CapacityLimiter(2), hash_for_ever, fail)
+
+
+async def test_everything_is_synced_before_the_name_is_durable(images, root, tmp_path):
+    """Watched by strace where it is there: the order of fsync and rename."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing")
+    trace = tmp_path / "trace"
+    async with images.spool(7, "blast") as spool:
+        fill(spool.path)
+        command = ["strace", "-f", "-y", "-o", trace, "-e", "trace=fsync,rename,write", "-p"]
+        strace = await trio.lowlevel.open_process(
+            [*command, str(os.getpid())], stderr=subprocess.PIPE
+        )
+        assert b"attached" in await strace.stderr.receive_some()
+        await spool.seal(manifest_of())
+        await spool.publish(1)
+        strace.terminate()
+        await strace.wait()
+        await strace.stderr.aclose()
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
+    spooled = f"{root}/blast/.spool-7"
+    renamed = next(i for i, call in enumerate(calls) if call.startswith(f'rename("{spooled}"'))
+    written = next(i for i, call in enumerate(calls) if f"{spooled}/{MANIFEST}>" in call)
+
+    def synced(path):
+        """The last fsync of a path before the rename."""
+        found = [
+            i for i, call in enumerate(calls) if call.startswith("fsync(") and f"<{path}>" in call
+        ]
+        return max((i for i in found if i < renamed), default=None)
+
+    for name in (*DUMPED, "description", "user_info.txt"):
+        assert synced(f"{spooled}/{name}") < written, f"{name} before the manifest"
+    assert written < synced(f"{spooled}/{MANIFEST}") < synced(spooled)
+    assert calls[renamed + 1].startswith("fsync(")
+    assert f"<{root}/blast>" in calls[renamed + 1]
+
+
+# -- the manifest
+
+
+FULL = manifest_of(
+    version=7,
+    node="n1",
+    desc='before "lr" µ',
+    then="run",
+    tcp="keep",
+    criu="4.2.1",
+    options=(("--shell-job", "the session leader is outside the tree"),),
+    kernel="6.18",
+    arch="x86_64",
+    boot="b-1",
+    cwd=os.fsdecode(b"/home/\xff\xe9"),
+    cgroups={"": "/user/anna"},
+    ends=(End(kind="tty", id="tty[8801:2]", pid=4242, fd=1, mode="rw"),),
+    freeze_ms=41.5,
+    timings={"dump_ms": 30.25},
+    logical_bytes=10,
+    stored_bytes=4096,
+    files={"a.img": FileSum(10, "00")},
+)
+
+
+def test_a_manifest_is_read_as_it_was_written_odd_bytes_and_all():
+    read = decode(encode(FULL), "blast/v7")
+    assert msgspec.structs.replace(read, digest="") == FULL
+    assert encode(read) == encode(FULL)
+    assert json.loads(encode(FULL))["format"] == 1
+    assert b'\n "app": "blast",\n' in encode(FULL)
+
+
+def test_the_order_of_the_fields_does_not_matter():
+    facts = json.loads(encode(FULL))
+    turned = json.dumps(dict(reversed(facts.items())))
+    assert decode(turned.encode(), "blast/v7") == decode(encode(FULL), "blast/v7")
+
+
+@pytest.mark.parametrize("field", sorted(set(Manifest.__struct_fields__) - {"format"}))
+def test_the_digest_covers_every_field(field):
+    facts = json.loads(encode(FULL))
+    value = facts[field]
+    if isinstance(value, int | float):
+        facts[field] = value + 1
+    else:
+        facts[field] = {} if isinstance(value, dict) else (value or "x") * 2
+    with pytest.raises(Damaged, match="the manifest of blast/v7 is damaged"):
+        decode(json.dumps(facts).encode(), "blast/v7")
+
+
+def test_a_newer_format_is_refused_before_anything_else_is_looked_at():
+    with pytest.raises(CannotRunHere, match="format 2, this agent knows 1; use a newer krgfs"):
+        decode(b'{"format": 2, "nothing": "known"}', "blast/v7")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"{}",
+        b'{"format": "1"}',
+        b'{"format": null}',
+        b'{"format": 1, "app": 5}',
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_manifest_is_damaged(data):
+    with pytest.raises(Damaged, match="the manifest of blast/v7 is damaged"):
+        decode(data, "blast/v7")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "files/../../x", "a/b", "", ".", "files"])
+def test_a_manifest_cannot_name_files_elsewhere(name):
+    with pytest.raises(Damaged):
+        decode(encode(manifest_of(files={name: FileSum(0, "")})), "blast/v7")
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_never_a_crash(data):
+    with pytest.raises(Damaged):
+        decode(data, "blast/v7")
+
+
+# -- names and reading
+
+
+BAD_NAMES = ["", ".", "..", "../x", "/x", "a/b", "files/..", "files/", "files/a/b", "files", "a\0b"]
+BAD_NAMES += ["x" * 256, "\udcff"]
+
+
+@pytest.mark.parametrize("file", BAD_NAMES)
+async def test_a_name_cannot_lead_out_of_an_image(images, root, file):
+    await make(images)
+    (root / "blast/x").write_text("outside")
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    with pytest.raises(BadWords):
+        await images.read("blast", "v1", file, 0, 100)
+    with pytest.raises(BadWords):
+        await images.write_file("blast", "v2", file, 0, b"x")
+    with pytest.raises(BadWords):
+        await images.truncate_file("blast", "v2", file, 0)
+    with pytest.raises(BadWords):
+        await images.remove_file("blast", "v2", file)
+    assert (root / "blast/x").read_text() == "outside"
+
+
+@pytest.mark.parametrize("app", ["", ".", "..", "../x", "a/b", ".hidden", "a b", "x" * 200])
+async def test_a_name_cannot_lead_out_of_the_store(images, app):
+    for use in (
+        lambda: images.files(app, "v1"),
+        lambda: images.read(app, "v1", "x", 0, 1),
+        lambda: images.manifest(app, 1),
+        lambda: images.verify(app, 1),
+        lambda: images.remove(app, 1),
+        lambda: images.remove_app(app),
+        lambda: images.begin_import(app, "v1", ANNA, ANNA),
+        lambda: images.spool(7, app).__aenter__(),
+    ):
+        with pytest.raises(BadWords):
+            await use()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v0", "v", "vx", "v1.old", "../v1", "v1/..", ".spool-7", "v01"]
+)
+async def test_only_versions_and_imports_have_files(images, name):
+    await make(images)
+    with pytest.raises(BadWords, match="cannot be a version"):
+        await images.files("blast", name)
+    with pytest.raises(BadWords):
+        await images.begin_import("blast", name, ANNA, ANNA)
+
+
+async def test_reading_gives_what_is_there_from_any_offset(images):
+    await make(images)
+    pages = DUMPED["pages-1.img"]
+    assert await images.read("blast", "v1", "pages-1.img", 0, 10) == pages[:10]
+    assert await images.read("blast", "v1", "pages-1.img", 1000, 300) == pages[1000:1300]
+    assert await images.read("blast", "v1", "pages-1.img", len(pages) - 3, 10) == pages[-3:]
+    assert await images.read("blast", "v1", "pages-1.img", len(pages), 10) == b""
+    assert await images.read("blast", "v1", "empty.img", 0, 10) == b""
+    with pytest.raises(BadWords):
+        await images.read("blast", "v1", "pages-1.img", -1, 10)
+
+
+async def test_one_read_gives_no_more_than_a_frame_holds(images):
+    await make(images, files={"pages-1.img": bytes(MAX_DATA + 5)})
+    assert len(await images.read("blast", "v1", "pages-1.img", 0, 1 << 40)) == MAX_DATA
+    assert len(await images.read("blast", "v1", "pages-1.img", MAX_DATA, 1 << 40)) == 5
+
+
+async def test_only_regular_files_are_read(images, root):
+    await make(images)
+    os.mkfifo(root / "blast/v1/fifo")
+    os.symlink("/etc/passwd", root / "blast/v1/link")
+    with pytest.raises(Gone, match="blast/v1/fifo"):
+        await images.read("blast", "v1", "fifo", 0, 10)
+    with pytest.raises(EngineFailed, match="blast/v1/link"):
+        await images.read("blast", "v1", "link", 0, 10)
+
+
+async def test_what_is_not_there_is_gone(images):
+    await make(images)
+    for use in (
+        lambda: images.read("blast", "v1", "nothing", 0, 1),
+        lambda: images.read("blast", "v2", "pstree.img", 0, 1),
+        lambda: images.files("blast", "v2"),
+        lambda: images.files("other", "v1"),
+        lambda: images.manifest("blast", 2),
+        lambda: images.write_file("blast", "v2", "x", 0, b""),
+        lambda: images.write_file("blast", "v1", "x", 0, b""),
+        lambda: images.import_complete("blast", "v1"),
+        lambda: images.finish_import("blast", "v1", 1),
+    ):
+        with pytest.raises(Gone):
+            await use()
+    with pytest.raises(Gone):
+        images.path("blast", 2)
+
+
+# -- damage
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda v: (v / "pstree.img").unlink(), "pstree.img is missing"),
+        (lambda v: (v / "pstree.img").write_bytes(b"trxe"), "pstree.img has other contents"),
+        (lambda v: (v / "pstree.img").write_bytes(b"trees"), "pstree.img has 5 bytes, not 4"),
+        (lambda v: (v / "extra.img").touch(), "extra.img is not in its manifest"),
+        (lambda v: (v / "description").write_bytes(b"e"), "description has other contents"),
+        (lambda v: (v / MANIFEST).unlink(), "blast/v1 has no manifest.json"),
+        (lambda v: (v / MANIFEST).write_bytes(b"{}"), "the manifest of blast/v1 is damaged"),
+        (lambda v: os.mkfifo(v / "odd"), "odd, which is no plain file"),
+        (lambda v: shutil.rmtree(v), "is missing"),
+    ],
+)
+async def test_damage_is_found_and_named(images, root, harm, words):
+    await make(images)
+    harm(root / "blast/v1")
+    assert words in await images.verify("blast", 1)
+
+
+async def test_a_flipped_bit_deep_in_the_pages_is_found(images, root):
+    await make(images, files=DUMPED | {"pages-2.img": bytes(9 << 20)})
+    with (root / "blast/v1/pages-2.img").open("r+b") as file:
+        file.seek((8 << 20) + 5)
+        file.write(b"\x01")
+    found = await images.verify("blast", 1)
+    assert found == "pages-2.img has other contents than it was made with"
+
+
+async def test_a_version_in_the_place_of_another_is_found(images, root):
+    await make(images, 1)
+    (root / "blast/v1").rename(root / "blast/v2")
+    assert "its manifest is that of blast/v1" in await images.verify("blast", 2)
+
+
+async def test_many_damaged_files_make_one_sentence(images, root):
+    await make(images, files={f"core-{i}.img": b"x" for i in range(9)})
+    for i in range(9):
+        (root / f"blast/v1/core-{i}.img").unlink()
+    assert (await images.verify("blast", 1)).endswith("core-4.img is missing; and 4 more")
+
+
+# -- removal
+
+
+async def test_removing_leaves_nothing_and_may_be_repeated(images, root):
+    await make(images, 1)
+    await make(images, 2)
+    await images.remove("blast", 1)
+    await images.remove("blast", 1)
+    assert {path.name for path in (root / "blast").iterdir()} == {"v2"}
+    await images.remove_app("blast")
+    assert (root / "blast/v2").is_dir()
+    await images.remove("blast", 2)
+    await images.remove_app("blast")
+    await images.remove_app("blast")
+    assert list(root.iterdir()) == []
+
+
+async def test_a_version_is_out_of_sight_before_any_of_it_is_deleted(images, root, tmp_path):
+    """While it is deleted, somebody looks all the time: either whole, or not there."""
+    await make(images, files={f"core-{i}.img": b"x" for i in range(2000)})
+    seen, stop = set(), threading.Event()
+
+    def look():
+        while not stop.is_set():
+            with suppress(FileNotFoundError):
+                found = len(os.listdir(root / "blast/v1"))
+                os.stat(root / "blast/v1")  # else it went while it was being listed
+                seen.add(found)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    await images.remove("blast", 1)
+    stop.set()
+    watcher.join()
+    assert seen <= {2003}
+
+
+async def test_what_is_held_is_removed_when_the_last_lets_go(images, root):
+    await make(images)
+    async with images.held("blast", 1):
+        async with images.held("blast", 1) as path:
+            await images.remove("blast", 1)
+            assert (Path(path) / "pstree.img").read_bytes() == b"tree"
+            with pytest.raises(Gone):
+                images.path("blast", 1)
+        assert (Path(path) / "pstree.img").exists()
+    assert tree_of(root / "blast") == {}
+
+
+async def test_holding_alone_removes_nothing(images):
+    await make(images)
+    async with images.held("blast", 1):
+        pass
+    assert await images.verify("blast", 1) == ""
+
+
+async def test_a_cancelled_holder_still_removes(images, root):
+    await make(images)
+    with trio.CancelScope() as scope:
+        async with images.held("blast", 1):
+            await images.remove("blast", 1)
+            scope.cancel()
+            await trio.sleep_forever()
+    assert tree_of(root / "blast") == {}
+
+
+# -- what a crash leaves
+
+
+async def test_recovery_removes_what_was_not_finished_and_nothing_else(images, root):
+    for version in (1, 2, 3, 4):
+        await make(images, version)
+    await images.begin_import("blast", "v8", ANNA, ANNA)
+    await images.write_file("blast", "v8", "x", 0, b"x")
+    await images.begin_import("blast", "v9.part", ANNA, ANNA)
+    kept = {name: tree_of(root / "blast" / name) for name in ("v1", "v4", ".import-v8")}
+    for name in ("blast/.spool-7", "blast/.trash-v6-1", "other/.spool-8", "empty"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x").touch()
+    (root / "empty/x").unlink()
+    fresh = await Images.open(root)
+    found = await fresh.recover(
+        known={("blast", 1), ("blast", 4), ("gone", 5)},
+        imports={("blast", "v8"), ("gone", "v6")},
+        unfinished={("blast", 2), ("blast", 4)},
+    )
+    assert sorted(found.removed) == [
+        "blast/.import-v9.part",
+        "blast/.spool-7",
+        "blast/.trash-v6-1",
+        "blast/v2",
+        "other/.spool-8",
+    ]
+    assert found.unlisted == ["blast/.unlisted-v3"]
+    assert found.missing == [("gone", 5)]
+    assert {name: tree_of(root / "blast" / name) for name in kept} == kept
+    assert {path.name for path in (root / "blast").iterdir()} == {*kept, ".unlisted-v3"}
+    assert {path.name for path in root.iterdir()} == {"blast"}
+    await fresh.write_file("blast", "v8", "x", 1, b"y")
+    assert await fresh.read("blast", "v8", "x", 0, 9) == b"xy"
+    await fresh.remove_import("gone", "v6")
+
+
+async def test_a_lost_store_costs_no_image(images, root):
+    await make(images, 1)
+    before = tree_of(root / "blast/v1")
+    for turn in ("", "~2", "~3"):
+        found = await (await Images.open(root)).recover(set(), set())
+        assert found.unlisted == [f"blast/.unlisted-v1{turn}"]
+        assert tree_of(root / f"blast/.unlisted-v1{turn}") == before
+        await make(images, 1)
+
+
+async def test_an_import_that_was_published_and_not_recorded_is_one_again(images, root):
+    await make(images, 1)
+    for name, number in (("v2", 2), ("v3.part", 3)):
+        await copied(images, root / "blast/v1", name)
+        await images.finish_import("blast", name, number)
+    fresh = await Images.open(root)
+    found = await fresh.recover({("blast", 1)}, {("blast", "v2"), ("blast", "v3.part")})
+    assert found == ([], [], [])
+    assert (await fresh.finish_import("blast", "v3.part", 3)).ref == "blast/v3"
+    assert await fresh.import_complete("blast", "v2") is not None
+
+
+async def test_recovery_of_an_empty_store_does_nothing(images):
+    assert await images.recover(set(), set()) == ([], [], [])
+
+
+# -- imports
+
+
+async def test_a_copy_of_an_image_is_complete_when_its_last_file_is_there(images, root):
+    manifest = await make(images, 1, files=DUMPED | {"files/out": b"o"})
+    source = root / "blast/v1"
+    names = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    for name in names:
+        assert await images.import_complete("blast", "v2") is None
+        await images.write_file("blast", "v2", name, 0, (source / name).read_bytes())
+    assert await images.import_complete("blast", "v2") == manifest
+    finished = await images.finish_import("blast", "v2", 2, manifest)
+    assert finished.ref == "blast/v2"
+    assert finished.copied_from == "blast/v1"
+    assert await images.verify("blast", 2) == ""
+    files = ("created", "node", "tree", "files", "logical_bytes", "stored_bytes")
+    for field in files:
+        assert getattr(finished, field) == getattr(manifest, field)
+
+
+async def test_an_image_that_comes_home_is_what_it_was_to_the_byte(images, root, tmp_path):
+    await make(images, 1, files=DUMPED | {"files/out": b"o"})
+    before = tree_of(root / "blast/v1")
+    shutil.copytree(root / "blast/v1", tmp_path / "backup")
+    await images.remove("blast", 1)
+    await copied(images, tmp_path / "backup", "v1.part")
+    await images.finish_import("blast", "v1.part", 1)
+    assert tree_of(root / "blast/v1") == before
+
+
+async def test_an_import_belongs_to_whom_it_was_begun_for(images, root):
+    if os.geteuid() != 0:
+        pytest.skip("giving files away needs root")
+    await make(images, 1)
+    await images.begin_import("mine", "v1", 4321, 4322)
+    for path in (root / "blast/v1").iterdir():
+        await images.write_file("mine", "v1", path.name, 0, path.read_bytes())
+    manifest = await images.finish_import("mine", "v1", 1)
+    assert (manifest.uid, manifest.gid, manifest.copied_from) == (4321, 4322, "blast/v1")
+    for _, uid, gid, _ in tree_of(root / "mine").values():
+        assert (uid, gid) == (4321, 4322)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "words"),
+    [
+        ("pstree.img", None, "pstree.img is missing"),
+        ("pstree.img", b"four", "pstree.img has other contents"),
+        ("pstree.img", b"five5", "pstree.img has 5 bytes, not 4"),
+        ("note.txt", b"mine", "note.txt is not in its manifest"),
+        (MANIFEST, b'{"format": 1}', "the manifest of blast/v2.part is damaged"),
+    ],
+)
+async def test_a_copy_that_does_not_match_is_refused_and_stays(images, root, file, data, words):
+    await make(images, 1)
+    await copied(images, root / "blast/v1", "v2.part", skip=[file])
+    if data is not None:
+        await images.write_file("blast", "v2.part", file, 0, data)
+    assert await images.import_complete("blast", "v2.part") is None
+    with pytest.raises(Damaged) as caught:
+        await images.finish_import("blast", "v2.part", 2)
+    assert words in caught.value.message
+    assert not (root / "blast/v2").exists()
+    assert await images.files("blast", "v2.part")
+    if file == "pstree.img":
+        await images.truncate_file("blast", "v2.part", file, 0) if data else None
+        await images.write_file("blast", "v2.part", file, 0, b"tree")
+        assert (await images.finish_import("blast", "v2.part", 2)).ref == "blast/v2"
+
+
+async def test_a_file_changed_after_the_check_is_noticed(images, root):
+    await make(images, 1)
+    await copied(images, root / "blast/v1", "v2")
+    manifest = await images.import_complete("blast", "v2")
+    await images.write_file("blast", "v2", "pstree.img", 0, b"TREE")
+    with pytest.raises(Damaged, match=r"pstree\.img has other contents"):
+        await images.finish_import("blast", "v2", 2, manifest)
+
+
+async def test_a_copy_with_a_newer_manifest_is_refused_in_words(images):
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.write_file("blast", "v2", MANIFEST, 0, b'{"format": 99}')
+    assert await images.import_complete("blast", "v2") is None
+    with pytest.raises(CannotRunHere, match="format 99"):
+        await images.finish_import("blast", "v2", 2)
+
+
+async def test_names_that_are_taken_are_refused(images, root):
+    await make(images, 1)
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    for name in ("v1", "v2"):
+        with pytest.raises(Exists, match=f"blast/{name}"):
+            await images.begin_import("blast", name, ANNA, ANNA)
+    await copied(images, root / "blast/v1", "v3.part")
+    with pytest.raises(Exists, match="blast/v1"):
+        await images.finish_import("blast", "v3.part", 1)
+
+
+async def test_writes_of_an_import_land_where_they_were_aimed(images):
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.write_file("blast", "v2", "x", 3, b"de")
+    await images.write_file("blast", "v2", "x", 0, b"abc")
+    assert await images.read("blast", "v2", "x", 0, 9) == b"abcde"
+    await images.truncate_file("blast", "v2", "x", 2)
+    assert await images.read("blast", "v2", "x", 0, 9) == b"ab"
+    await images.write_file("blast", "v2", "x", 4, b"")
+    assert await images.read("blast", "v2", "x", 0, 9) == b"ab"
+    await images.remove_file("blast", "v2", "x")
+    assert await images.files("blast", "v2") == []
+    for use in (images.remove_file, lambda *where: images.truncate_file(*where, 1)):
+        with pytest.raises(Gone, match="blast/v2/x"):
+            await use("blast", "v2", "x")
+
+
+async def test_a_hole_that_no_disk_could_fill_is_refused(images):
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    with pytest.raises(NoRoom):
+        await images.write_file("blast", "v2", "x", 1 << 60, b"x")
+    await images.write_file("blast", "v2", "x", 0, b"x")
+    with pytest.raises(NoRoom):
+        await images.truncate_file("blast", "v2", "x", 1 << 60)
+    with pytest.raises(BadWords):
+        await images.write_file("blast", "v2", "x", -1, b"x")
+
+
+async def test_a_removed_import_is_gone(images, root):
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.write_file("blast", "v2", "files/x", 0, b"x")
+    await images.remove_import("blast", "v2")
+    await images.remove_import("blast", "v2")
+    assert tree_of(root / "blast") == {}
+    with pytest.raises(Gone):
+        await images.write_file("blast", "v2", "x", 0, b"x")
+
+
+async def test_of_two_that_finish_at_once_one_does(images, root):
+    await make(images, 1)
+    await copied(images, root / "blast/v1", "v2")
+    outcomes = []
+
+    async def finish():
+        try:
+            outcomes.append((await images.finish_import("blast", "v2", 2)).ref)
+        except Gone:
+            outcomes.append("gone")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(finish)
+        nursery.start_soon(finish)
+    assert sorted(outcomes) == ["blast/v2", "gone"]
+
+
+# -- directories that plain CRIU wrote
+
+
+def varint(value):
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def message(*fields):
+    out = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        else:
+            out += varint(number << 3 | 2) + varint(len(value)) + value
+    return out
+
+
+def image_file(magics, *entries):
+    head = b"".join(magic.to_bytes(4, "little") for magic in magics)
+    return head + b"".join(len(entry).to_bytes(4, "little") + entry for entry in entries)
+
+
+def core(comm, uid=None):
+    creds = message((1, uid), (2, uid + 1), (3, 0)) if uid is not None else b""
+    thread = [(5, message((1, 0), (10, creds)))] if uid is not None else []
+    return image_file(
+        [0x54564319, 0x55053847], message((1, 1), (3, message((1, 1), (6, comm))), *thread)
+    )
+
+
+# pstree.img as CRIU 4.2 wrote it of one process with pid, group and session 5721
+REAL_PSTREE = bytes.fromhex("19435654303027500e00000008d92c100018d92c20d92c28d92c")
+PLAIN = {
+    "inventory.img": image_file([0x58313116], message((1, 2))),
+    "pstree.img": image_file(
+        [0x54564319, 0x50273030],
+        message((1, 5721), (2, 0), (3, 5721), (4, 5700), (5, 5721), (5, 5800)),
+        message((1, 5722), (2, 5721), (3, 5721), (4, 5700), (5, 5722)),
+    ),
+    "core-5721.img": core(b"bl\xffast", 1000),
+    "core-5800.img": core(b"thread", 1000),
+    "core-5722.img": core(b"zombie"),
+    "pages-1.img": bytes(8192),
+}
+
+
+async def imported(images, files, name="v2.part"):
+    await images.begin_import("blast", name, ANNA, ANNA)
+    for file, data in files.items():
+        await images.write_file("blast", name, file, 0, data)
+
+
+async def test_a_plain_dump_gets_a_manifest_of_what_it_says_itself(images):
+    await imported(images, PLAIN)
+    assert await images.import_complete("blast", "v2.part") is None
+    manifest = await images.finish_import("blast", "v2.part", 2)
+    assert await images.manifest("blast", 2) == manifest
+    assert (manifest.ref, manifest.uid, manifest.copied_from) == ("blast/v2", ANNA, "")
+    assert (manifest.root, manifest.arch) == (5721, "x86_64")
+    assert manifest.tree == (
+        Task(
+            pid=5721,
+            ppid=0,
+            pgrp=5721,
+            sid=5700,
+            uid=1000,
+            gid=1001,
+            comm=os.fsdecode(b"bl\xffast"),
+            tids=(5721, 5800),
+        ),
+        Task(pid=5722, ppid=5721, pgrp=5721, sid=5700, comm="zombie", tids=(5722,)),
+    )
+    assert manifest.files.keys() == PLAIN.keys()
+    assert manifest.logical_bytes == sum(map(len, PLAIN.values()))
+    assert await images.verify("blast", 2) == ""
+
+
+async def test_what_criu_really_wrote_is_understood(images):
+    files = PLAIN | {"pstree.img": REAL_PSTREE}
+    await imported(images, files)
+    (task,) = (await images.finish_import("blast", "v2.part", 2)).tree
+    assert (task.pid, task.ppid, task.pgrp, task.sid, task.tids) == (5721, 0, 5721, 5721, (5721,))
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "words"),
+    [
+        ("inventory.img", None, "inventory.img is missing"),
+        ("inventory.img", b"hello", "inventory.img does not begin as CRIU's do"),
+        ("pstree.img", None, "pstree.img is missing"),
+        ("pstree.img", PLAIN["pstree.img"][:8], "pstree.img names no process"),
+        ("pstree.img", PLAIN["pstree.img"][:-1], "pstree.img is cut off"),
+        ("pstree.img", PLAIN["pstree.img"] + b"\x01", "pstree.img is cut off"),
+        ("pstree.img", image_file([0x54564319, 0x50273030], b"\xff" * 20), "damaged"),
+        ("pstree.img", image_file([0x54564319, 0x50273030], message((2, 1))), "without a pid"),
+        ("core-5721.img", None, "core-5721.img is missing"),
+        ("core-5800.img", None, "core-5800.img is missing"),
+        ("core-5721.img", PLAIN["core-5721.img"][:8], "core-5721.img is empty"),
+    ],
+)
+async def test_what_is_no_dump_of_criu_is_refused_and_stays(images, root, file, data, words):
+    await imported(images, {**PLAIN, file: data} if data is not None else PLAIN)
+    if data is None:
+        await images.remove_file("blast", "v2.part", file)
+    before = tree_of(root)
+    with pytest.raises(Damaged) as caught:
+        await images.finish_import("blast", "v2.part", 2)
+    assert "cannot import blast/v2.part: it has no manifest.json" in caught.value.message
+    assert words in caught.value.message
+    assert tree_of(root) == before
+
+
+# -- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A filesystem of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    where = tmp_path / "small"
+    where.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=64", "tmpfs", where], check=True
+    )
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
+SMALL = {"pstree.img": b"tree", "pages-1.img": bytes(20_000)}
+
+
+def leave(where, pages):
+    """Fill a filesystem until so many pages are free."""
+    room = os.statvfs(where)
+    with (where / "filler").open("wb") as file:
+        file.write(bytes((room.f_bavail - pages) * room.f_frsize))
+
+
+async def test_a_checkpoint_without_room_leaves_nothing_at_any_byte(small_disk):
+    images = await Images.open(small_disk / "store")
+    await make(images, 1, files=SMALL)
+    before = tree_of(small_disk / "store")
+    refused = 0
+    for pages in range(20):
+        leave(small_disk, pages)
+        try:
+            await make(images, 2, files=SMALL)
+        except NoRoom as exc:
+            refused += 1
+            assert "blast" in exc.message
+            assert "rmdir /krg/images/APP/vN" in exc.message
+        except OSError as exc:  # the dump itself, which is not ours here
+            refused += 1
+            assert exc.errno == errno.ENOSPC
+        else:
+            assert await images.verify("blast", 2) == ""
+            await images.remove("blast", 2)
+        (small_disk / "filler").unlink()
+        assert tree_of(small_disk / "store") == before, pages
+        assert await images.verify("blast", 1) == ""
+    assert 3 < refused < 20
+
+
+async def test_sealing_and_publishing_without_room_say_so(small_disk):
+    images = await Images.open(small_disk / "store")
+    async with images.spool(7, "blast") as spool:
+        fill(spool.path, SMALL)
+        leave(small_disk, 0)
+        with pytest.raises(NoRoom, match="cannot store blast/v1: no room left"):
+            await spool.seal(manifest_of())
+        (small_disk / "filler").unlink()
+        leave(small_disk, 2)
+        with pytest.raises(NoRoom, match="cannot store blast/v1: no room left"):
+            await spool.seal(manifest_of(desc="x" * 10_000))
+        (small_disk / "filler").unlink()
+        await spool.seal(manifest_of())
+        await spool.publish(1)
+    assert await images.verify("blast", 1) == ""
+
+
+async def test_an_import_without_room_says_so_and_can_be_removed(small_disk):
+    images = await Images.open(small_disk / "store")
+    await make(images, 1, files=SMALL)
+    before = tree_of(small_disk / "store")
+    for pages in range(12):
+        leave(small_disk, pages)
+        try:
+            await copied(images, small_disk / "store/blast/v1", "v2")
+            await images.finish_import("blast", "v2", 2)
+        except NoRoom as exc:
+            assert "blast/v2" in exc.message
+            await images.remove_import("blast", "v2")
+        else:
+            await images.remove("blast", 2)
+        (small_disk / "filler").unlink()
+        assert tree_of(small_disk / "store") == before, pages
+
+
+async def test_a_file_system_without_inodes_is_no_room_either(small_disk):
+    images = await Images.open(small_disk / "store")
+    await images.begin_import("blast", "v1", ANNA, ANNA)
+    with pytest.raises(NoRoom):
+        for i in range(100):
+            await images.write_file("blast", "v1", f"core-{i}.img", 0, b"")
+
+
+async def test_a_read_only_store_says_so(small_disk):
+    images = await Images.open(small_disk / "store")
+    await make(images, 1, files=SMALL)
+    await trio.run_process(["mount", "-o", "remount,ro", small_disk])
+    for use in (
+        lambda: make(images, 2),
+        lambda: images.remove("blast", 1),
+        lambda: images.begin_import("blast", "v3", ANNA, ANNA),
+    ):
+        with pytest.raises(EngineFailed, match=r"read-only; see dmesg") as caught:
+            await use()
+        assert isinstance(caught.value, KrgError)
+    assert await images.verify("blast", 1) == ""
+
+
+async def test_usage_is_what_the_filesystem_says(small_disk):
+    images = await Images.open(small_disk / "store")
+    before = await images.usage()
+    assert (before.total, before.files) == (1 << 20, 64)
+    (small_disk / "filler").write_bytes(bytes(100 * 4096))
+    after = await images.usage()
+    assert before.free - after.free == before.available - after.available == 100 * 4096
+    assert before.files_free - after.files_free == 1
