@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,20 +108,23 @@ class Workload:
     def tree(self) -> list[int]:
         """Return its root and all descendants, zombies too: the pids that a restore needs free."""
         children: dict[int, list[int]] = {}
-        for pid in (int(e) for e in os.listdir("/proc") if e.isdigit()):
-            children.setdefault(_parent_of(pid), []).append(pid)
+        for process in _processes():
+            children.setdefault(process.parent, []).append(process.pid)
         found = [self.pid]
         for pid in found:  # grows while it is walked
             found += children.get(pid, [])
         return found
 
     def wait_gone(self, tree: Iterable[int]) -> None:
-        """Return when these pids, as `tree` gave them, are free: killed, and reaped by a parent."""
-        left = list(tree)
+        """Return when these pids, as `tree` gave them, are free: killed, and reaped by a parent.
+
+        A pid is also taken while it is the process group or the session of somebody.
+        """
+        pids = set(tree)
 
         def gone() -> bool:
             self._launcher.poll()
-            return not any(os.path.exists(f"/proc/{pid}") for pid in left)
+            return not any(pids & {p.pid, p.group, p.session} for p in _processes())
 
         self._wait("be gone", gone)
 
@@ -163,6 +166,21 @@ class Workload:
         self._launcher.poll()
         return self._take_verdict() or f"FAIL: {self.name} ended without a verdict"
 
+    def kill(self) -> None:
+        """Kill every process that carries its mark, and return when none of them runs any more.
+
+        One that is in the middle of an exec carries none; by its session it is waited for.
+        """
+
+        def killed() -> bool:
+            tasks = self.tasks()
+            for pid in tasks:
+                self.signal(signal.SIGKILL, pid)
+            ours = (p for p in _processes() if p.session == self._launcher.pid)
+            return not tasks and all(p.state in "ZX" for p in ours)
+
+        self._wait("be killed", killed)
+
     def said(self) -> str:
         """Return what it wrote to its stdout and stderr."""
         texts = ((self.directory / name).read_text(errors="replace") for name in _OUTPUT)
@@ -170,7 +188,7 @@ class Workload:
 
     def close(self) -> None:
         """Kill every process that carries its mark and remove its names outside DIR."""
-        self._wait("be killed", self._kill_all)
+        self.kill()
         if self._terminal:
             self._terminal.close()
         self._wait("be reaped", lambda: self._launcher.poll() is not None)
@@ -182,12 +200,6 @@ class Workload:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-    def _kill_all(self) -> bool:
-        tasks = self.tasks()
-        for pid in tasks:
-            self.signal(signal.SIGKILL, pid)
-        return not tasks
 
     def _is_ours(self, pid: int) -> bool:
         mark = f"WORKLOAD_ID={self.identity}".encode()
@@ -299,12 +311,26 @@ def _build(source: str, directory: str) -> str:
     return target
 
 
-def _parent_of(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(stat.rpartition(b")")[2].split()[1])
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    state: str
+    parent: int
+    group: int
+    session: int
+
+
+def _processes() -> Iterator[_Process]:
+    """Give every process there is, zombies too."""
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, *numbers = stat.rpartition(")")[2].split()[:4]
+        yield _Process(int(entry), state, *map(int, numbers))
 
 
 def _readable(fd: int, seconds: float) -> bool:
