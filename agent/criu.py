@@ -362,6 +362,11 @@ def image_of_keeper(directory: str) -> ImageRef:
     return image_ref(keepers.status(directory).note)
 
 
+def ids_in(images: str) -> frozenset[int]:
+    """Return every pid, tid, session and group that an image takes; see criu_images.shape."""
+    return criu_images.shape(Path(images)).ids
+
+
 def clashes(wanted: Collection[int]) -> list[tuple[int, Task]]:
     """Return which of these pids and tids are taken, and by what: zombies, which go away once
     their parent reaps them, and others."""

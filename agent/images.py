@@ -943,6 +943,7 @@ def _set_aside(folder: str, name: str) -> str:
 
 _INVENTORY, _CORE = 0x58313116, 0x55053847  # criu/include/magic.h
 _ENTRY_BYTES = 16 * 1024 * 1024
+_DEAD = 2  # state of a task that has ended
 _ARCH = {1: "x86_64", 2: "arm", 3: "aarch64", 4: "ppc64le", 5: "s390x", 6: "mips"}
 _ARCH |= {7: "loongarch64", 8: "riscv64"}
 
@@ -953,11 +954,8 @@ def _plain_manifest(path: str, ref: str) -> Manifest:
     """Return what can be known of a dump by its files; Damaged when it is not one."""
     try:
         _entries(path, "inventory.img", _INVENTORY)
-        tree = _entries(path, "pstree.img", criu_images.COMMON_MAGIC, criu_images.PSTREE_MAGIC)
-        if not tree:
-            raise Damaged("pstree.img names no process")
-        tasks = tuple(_task(path, entry) for entry in tree)
-        core = _core(path, tasks[0].pid)
+        found = tasks(path)
+        core = _core(path, found[0].pid)
     except Damaged as exc:
         raise Damaged(
             f"cannot import {ref}: it has no {MANIFEST}, and is no whole directory of CRIU's "
@@ -969,10 +967,19 @@ def _plain_manifest(path: str, ref: str) -> Manifest:
         created=time.time(),
         uid=0,
         gid=0,
-        root=tasks[0].pid,
-        tree=tasks,
+        root=found[0].pid,
+        tree=found,
         arch=_ARCH.get(_numbers(core, 1, -1)[0], ""),
     )
+
+
+def tasks(path: str) -> tuple[Task, ...]:
+    """Return the processes that CRIU dumped into a directory, the root first; Damaged when there
+    are none, or a file that tells of one is not whole."""
+    tree = _entries(path, "pstree.img", criu_images.COMMON_MAGIC, criu_images.PSTREE_MAGIC)
+    if not tree:
+        raise Damaged("pstree.img names no process")
+    return tuple(_task(path, entry) for entry in tree)
 
 
 def _task(path: str, entry: _Message) -> Task:
@@ -980,8 +987,12 @@ def _task(path: str, entry: _Message) -> Task:
     pid, ppid, pgrp, sid = (_numbers(entry, field, -1)[0] for field in (1, 2, 3, 4))
     if pid < 1:
         raise Damaged("pstree.img has an entry without a pid")
+    core = _core(path, pid)
     tids = tuple(_numbers(entry, 5)) or (pid,)
-    core = {tid: _core(path, tid) for tid in (pid, *tids)}[pid]
+    if _DEAD in _numbers(_inside(core, 3), 1):
+        tids = (pid,)  # CRIU 4.2 leaves that of a zombie to chance
+    for tid in {*tids} - {pid}:
+        _core(path, tid)
     creds = _inside(core, 5, 10)  # a zombie has none
     return Task(
         pid=pid,

@@ -283,7 +283,9 @@ def orphans(tree: ProcessTree) -> list[tuple[Task, str]]:
     others = {
         task.pid: task
         for task in everybody.values()
-        if task.pid not in ours and task.comm != KEEPER
+        if task.pid not in ours
+        and task.comm != KEEPER
+        and tree.pids.isdisjoint(_line(task, everybody))  # forked after the look
     }
     found: dict[int, str] = {}
     for claim in (_left_to_keeper, _in_session, _in_group, _in_namespace, _in_cgroup):

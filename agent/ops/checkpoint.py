@@ -1,8 +1,8 @@
 """checkpoint: an image of a tree, and what becomes of the tree afterwards.
 
 With then=run CRIU itself brings the tasks to rest and lets them go as soon as it has their memory.
-For every other `then`, and for a tree that its user has frozen, the tree is held by its cgroup until
-the image is committed, so that it does nothing that the image does not know of.
+For every other `then`, and for a tree that its user has frozen, the tree is held by its cgroup
+until the image is committed, so that it does nothing that the image does not know of.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import platform
 import signal as signals
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -23,6 +23,7 @@ from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
 from krgfs.verbs import Checkpoint, Then
 
 from .. import criu, images, names, outside, procs
+from ..criu_options import Option
 from ..images import Manifest, Spool
 from ..jobs import Running
 from ..journal import EngineRunning, OpenIntent, SpoolOpened, VersionPending
@@ -65,8 +66,7 @@ async def _held(
         yield known.frozen
         return
     if then.kind == "run":
-        async with parts.mounts.release(tree.pids):
-            yield None
+        yield None
         return
     frozen = await freeze.hold(parts, job, tree)
     try:
@@ -86,49 +86,76 @@ async def _make_image(
     frozen: Frozen | None,
     intent: OpenIntent,
 ) -> Image:
+    kept: list[Image] = []
     spool_facts = SpoolOpened(os.path.join(parts.images.root, app.name, f".spool-{job.id}"))
     await intent.note(spool_facts)
     async with parts.images.spool(job.id, app.name) as spool:
-        report = await _dump(parts, job, tree, words, ends, frozen, spool, intent)
-        version = parts.state.apps.get(app.name, app).next_version
-        manifest = _manifest(parts, tree, words, app, version, ends, report)
-        job.phase(Phase.STORING, freeze_ms=report.frozen_ms)
-        sealed = await spool.seal(
-            manifest,
-            description=_description(manifest),
-            user_info=facts.files_text(facts.open_files(tree.tasks)).decode(),
-        )
-        # ---- commit: the record makes the image; before it everything is undone
-        with trio.CancelScope(shield=True):
-            await intent.note(VersionPending(app.name, version))
-            sealed = await spool.publish(version)
-            image = await _commit(parts, job, tree, app, sealed)
-    parts.state.count("krg_freeze_seconds_sum", report.frozen_ms / 1000)
-    parts.state.count("krg_freeze_seconds_count")
-    return image
+
+        async def keep(report: criu.DumpReport) -> None:
+            kept.append(await _keep(parts, job, tree, words, app, ends, spool, report, intent))
+
+        options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
+        if criu.is_ended_by(options):
+            await _dump(parts, job, tree, options, spool, intent, keep)
+        elif frozen is not None:
+            await keep(await _dump(parts, job, tree, options, spool, intent))
+        else:
+            async with parts.mounts.release(tree.pids):
+                report = await _dump(parts, job, tree, options, spool, intent)
+            await keep(report)
+    return kept[0]
 
 
 async def _dump(
     parts: Parts,
     job: Running,
     tree: ProcessTree,
-    words: Checkpoint,
-    ends: list[End],
-    frozen: Frozen | None,
+    options: Sequence[Option],
     spool: Spool,
     intent: OpenIntent,
+    commit: criu.Commit | None = None,
 ) -> criu.DumpReport:
     async def started(pid: int, start: int) -> None:
         job.frozen = True
         await intent.note(EngineRunning(pid, start))
 
     job.phase(Phase.DUMPING, bytes_total=tree.rss_bytes)
-    options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
     try:
-        return await criu.dump(parts.engine, tree, spool.path, options, started, job.progress)
+        return await criu.dump(
+            parts.engine, tree, spool.path, options, started, job.progress, commit
+        )
     finally:
         with trio.CancelScope(shield=True):
             job.said = await criu.kept_words(spool.path, parts.job_log(job.id))
+
+
+async def _keep(
+    parts: Parts,
+    job: Running,
+    tree: ProcessTree,
+    words: Checkpoint,
+    app: App,
+    ends: list[End],
+    spool: Spool,
+    report: criu.DumpReport,
+    intent: OpenIntent,
+) -> Image:
+    """Make an image of what CRIU has written; durable on return."""
+    version = parts.state.apps.get(app.name, app).next_version
+    manifest = _manifest(parts, tree, words, app, version, ends, report, spool)
+    job.phase(Phase.STORING, freeze_ms=report.frozen_ms)
+    await spool.seal(
+        manifest,
+        description=_description(manifest),
+        user_info=facts.files_text(facts.open_files(tree.tasks)).decode(),
+    )
+    # ---- commit: the record makes the image; before it everything is undone
+    with trio.CancelScope(shield=True):
+        await intent.note(VersionPending(app.name, version))
+        image = await _commit(parts, job, tree, app, await spool.publish(version))
+    parts.state.count("krg_freeze_seconds_sum", report.frozen_ms / 1000)
+    parts.state.count("krg_freeze_seconds_count")
+    return image
 
 
 async def _commit(
@@ -203,9 +230,9 @@ def _manifest(
     version: int,
     ends: list[End],
     report: criu.DumpReport,
+    spool: Spool,
 ) -> Manifest:
     uname = platform.uname()
-    inner = {task.pid: _inner(tree, task.pid) for task in tree.tasks}
     return Manifest(
         app=app.name,
         version=version,
@@ -215,7 +242,7 @@ def _manifest(
         gid=app.gid,
         desc=words.desc,
         root=tree.inner_root,
-        tree=tuple(_task(tree, task, inner) for task in tree.tasks),
+        tree=_tasks(tree, spool),
         then=words.then.kind,
         tcp=words.tcp,
         criu=parts.engine.version,
@@ -236,6 +263,13 @@ def _manifest(
 def _inner(tree: ProcessTree, pid: int) -> int:
     found = tree.credentials.get(pid)
     return found.ns_pids[-1] if found and found.ns_pids else pid
+
+
+def _tasks(tree: ProcessTree, spool: Spool) -> tuple[images.Task, ...]:
+    """Return what is in the image: a tree that ran on until CRIU came may have forked meanwhile."""
+    inner = {task.pid: _inner(tree, task.pid) for task in tree.tasks}
+    known = {inner[task.pid]: _task(tree, task, inner) for task in tree.tasks}
+    return tuple(known.get(each.pid, each) for each in images.tasks(spool.path))
 
 
 def _task(tree: ProcessTree, task: facts.Task, inner: dict[int, int]) -> images.Task:

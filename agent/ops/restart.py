@@ -6,13 +6,11 @@ exit status. At most one incarnation of an app lives.
 
 from __future__ import annotations
 
-import os
-
 import trio
 from msgspec.structs import replace
 
 from krgfs import facts
-from krgfs.errors import Damaged, EngineFailed, Exists, Fate, Gone
+from krgfs.errors import Damaged, Exists, Gone
 from krgfs.model import App, Image, Phase, ProcessId, Tree
 from krgfs.verbs import Restart
 
@@ -33,7 +31,7 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
         job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
         await _refuse_damaged(parts, image)
         manifest = await parts.images.manifest(image.app, image.version)
-        private = await _private(manifest, words)
+        private = await _private(manifest, path, words)
         async with parts.engines, parts.journal.intent(job.id, "restart") as intent:
             directory = keepers.directory(parts.run_dir, job.id)
 
@@ -54,7 +52,7 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
 
 
 async def adopt(parts: Parts, running: Running, directory: str) -> str:
-    """Take over a tree whose restore an earlier agent had begun; '' when it did not come to life."""
+    """Take over a tree whose restore an earlier agent had begun; '' when it never came to life."""
     launched = await keepers.launched(directory)
     if launched is None or not facts.is_alive(launched.root.pid, launched.root.start):
         return ""
@@ -79,12 +77,12 @@ async def _refuse_damaged(parts: Parts, image: Image) -> None:
         raise Damaged(f"{image.ref} is damaged: {wrong}; take another version")
 
 
-async def _private(manifest: Manifest, words: Restart) -> bool:
+async def _private(manifest: Manifest, path: str, words: Restart) -> bool:
     """Tell whether the tree needs a pid namespace of its own. A zombie that still holds a pid is
     waited for; a foreign process that does decides by pid=."""
     if words.pid == "new":
         return True
-    wanted = {pid for task in manifest.tree for pid in (task.pid, *task.tids)}
+    wanted = criu.ids_in(path)
     with trio.move_on_after(ZOMBIE_S):
         while zombies := [task for _, task in criu.clashes(wanted) if task.is_zombie]:
             await procs.gone([procs.process_id(task) for task in zombies])
