@@ -6,8 +6,10 @@ two reads: then these functions return None or leave it out, they do not raise.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat as stat_modes
+import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ PAGE = os.sysconf("SC_PAGESIZE")
 def shown(raw: bytes) -> str:
     """Write kernel bytes so that they stay on one line and can be told apart."""
     text = raw.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -350,18 +354,17 @@ def files_text(found: Iterable[OpenFile]) -> bytes:
 
 
 def _kind_and_id(pid: int, fd: int, target: bytes) -> tuple[str, str]:
-    try:
-        meta = os.stat(f"/proc/{pid}/fd/{fd}")
-    except OSError:
+    found = _known(f"/proc/{pid}/fd/{fd}")
+    if found is None:
         return "file", "0" * 24
-    ident = f"{meta.st_dev:08X}{meta.st_ino:016X}"
-    mode = meta.st_mode
+    mode, device, inode, rdev = found
+    ident = f"{device:08X}{inode:016X}"
     if stat_modes.S_ISSOCK(mode):
         return "socket", ident
     if stat_modes.S_ISFIFO(mode):
         return ("pipe" if target.startswith(b"pipe:") else "fifo"), ident
     if stat_modes.S_ISCHR(mode):
-        return ("tty" if is_tty_device(meta.st_rdev) else "char"), ident
+        return ("tty" if is_tty_device(rdev) else "char"), ident
     if stat_modes.S_ISBLK(mode):
         return "block", ident
     if stat_modes.S_ISDIR(mode):
@@ -369,6 +372,26 @@ def _kind_and_id(pid: int, fd: int, target: bytes) -> tuple[str, str]:
     if stat_modes.S_ISLNK(mode):
         return "link", ident
     return "file", ident
+
+
+def _known(path: str) -> tuple[int, int, int, int] | None:
+    """Return mode, device, inode and device number of what is open, without asking its filesystem.
+
+    statx(2) with AT_STATX_DONT_SYNC: stat(2) of a file of our own mount would wait for this very
+    process, and one of a dead server for ever. None when it is gone.
+    """
+    raw = ctypes.create_string_buffer(256)
+    if _libc.statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_BASIC_STATS, raw):
+        return None
+    mode, inode = struct.unpack_from("=H2xQ", raw, 28)
+    rdev_major, rdev_minor, major, minor = struct.unpack_from("=4I", raw, 128)
+    return mode, os.makedev(major, minor), inode, os.makedev(rdev_major, rdev_minor)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD = -100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_BASIC_STATS = 0x7FF
 
 
 def is_tty_device(rdev: int) -> bool:

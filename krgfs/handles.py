@@ -95,6 +95,8 @@ class Handles:
     async def close(self, number: int) -> None:
         """The last descriptor is gone: what was to last while it was open ends."""
         handle = self._open.pop(number)
+        if handle.place.row.kind is Kind.STATE:
+            return
         self._closed.set()
         self._closed = trio.Event()
         if handle.job:

@@ -6,6 +6,7 @@ No I/O here. Sizes are bytes, times are seconds since the epoch (UTC), durations
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import Fate
 NOBODY = 65534
 
 
+@functools.lru_cache(maxsize=4096)
 def instant(seconds: float) -> str:
     """Write a time as 2026-01-31T12:00:00.123Z, or - when there is none."""
     if not seconds:

@@ -47,27 +47,29 @@ def process_status(node: str, pid: int, known: Tree | None) -> bytes:
             return b""
         return flat({"pid": pid, "node": node, "state": known.ended, "app": known.app})
     root = tasks[0]
-    owner = facts.owner(pid)
-    state = known.state if known else ""
+    state, app, image, error, since, until, inner = _RUNNING
+    if known is not None:
+        app, image, error = known.app, known.last_image, known.last_error
+        since, until = instant(known.frozen_since), instant(known.frozen_until)
+        state, inner = known.state.value, known.inner_pid
     if state != "frozen":
         state = "zombie" if root.is_zombie else "stopped" if root.state in "Tt" else "running"
-    facts_of_it: dict[str, object] = {
-        "pid": pid,
-        "name": shown(root.comm),
-        "uid": owner[0] if owner else "-",
-        "state": state,
-        "app": known.app if known else "",
-        "node": node,
-        "tree": len(tasks),
-        "rss": sum(each.rss_bytes for each in tasks),
-        "started": instant(root.started),
-        "last_image": known.last_image if known else "",
-        "last_error": known.last_error if known else "",
-        "frozen_since": instant(known.frozen_since) if known else "-",
-        "frozen_until": instant(known.frozen_until) if known else "-",
-        "inner_pid": known.inner_pid if known and known.inner_pid else pid,
-    }
-    return flat(facts_of_it)
+    uid, _ = facts.owner(pid) or ("-", "-")
+    rss = sum(each.rss_bytes for each in tasks) if len(tasks) > 1 else root.rss_bytes
+    # one string and no table: this is the file that is read most
+    return (
+        f"pid {pid}\nname {shown(root.comm)}\nuid {uid}\nstate {state}\napp{_or_not(app)}\n"
+        f"node {node}\ntree {len(tasks)}\nrss {rss}\nstarted {instant(root.started)}\n"
+        f"last_image{_or_not(image)}\nlast_error{_or_not(error)}\nfrozen_since {since}\n"
+        f"frozen_until {until}\ninner_pid {inner or pid}\n"
+    ).encode()
+
+
+def _or_not(value: str) -> str:
+    return f" {value}" if value else ""
+
+
+_RUNNING = ("running", "", "", "", "-", "-", 0)
 
 
 def process_tree(pid: int) -> bytes:
