@@ -133,8 +133,16 @@ class Mount(pyfuse3.Operations):
         place = await self._find(parent, name, ctx)
         return self._attributes(place, self.inodes.looked_up(place), self._look(ctx))
 
+    def _current(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Place:
+        """Return the place of an inode. ESTALE has the kernel look the path up again, where it
+        remembers a process whose pid another one has by now."""
+        place = self.inodes.place(inode)
+        if tree.is_replaced(self._look(ctx), place):
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return place
+
     async def _find(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> Place:
-        directory = self.inodes.place(parent)
+        directory = self._current(parent, ctx)
         await self._know(directory, ctx)
         place = tree.find(self._look(ctx), directory, name.decode("utf-8", "surrogateescape"))
         if place is None or self._is_hidden(place):
@@ -148,7 +156,7 @@ class Mount(pyfuse3.Operations):
 
     @guarded
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        place = self.inodes.place(inode)
+        place = self._current(inode, ctx)
         sight = self._look(ctx)
         if not tree.is_there(sight, place):
             raise pyfuse3.FUSEError(errno.ENOENT)
@@ -156,7 +164,7 @@ class Mount(pyfuse3.Operations):
 
     @guarded
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> bytes:
-        place = self.inodes.place(inode)
+        place = self._current(inode, ctx)
         assert place.row.render is not None
         if place.row.path == "self":
             return place.row.render(self._sight(self._caller(ctx)), place)
@@ -216,7 +224,7 @@ class Mount(pyfuse3.Operations):
 
     @guarded
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> int:
-        place = self.inodes.place(inode)
+        place = self._current(inode, ctx)
         await self._know(place, ctx)
         sight = self._look(ctx)
         if not tree.is_there(sight, place):
@@ -260,7 +268,7 @@ class Mount(pyfuse3.Operations):
     async def open(
         self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        place = self.inodes.place(inode)
+        place = self._current(inode, ctx)
         asks_agent = place.row.kind in (Kind.VERB, Kind.DATA)
         caller = self._caller(ctx) if asks_agent else self._reader(ctx)
         number = self.handles.open(inode, place, caller, flags)

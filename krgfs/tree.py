@@ -570,6 +570,19 @@ def path_of(place: Place) -> str:
     return "/".join(parts)
 
 
+def is_replaced(sight: Sight, place: Place) -> bool:
+    """Tell whether another process has the pid of a place by now, as after a restart."""
+    if "procs/PID" not in place.row.path:
+        return False
+    pid, start = place.args[-2:]
+    known = sight.view.trees.get(pid)
+    if known is not None and known.id.start != start and facts.exists(pid, known.id.start):
+        return True
+    return place.row.kind is not Kind.STATE and (
+        not facts.exists(pid, start) and facts.task(pid) is not None
+    )
+
+
 def is_there(sight: Sight, place: Place) -> bool:
     """Tell whether the object of a place still exists."""
     row, args = place

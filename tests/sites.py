@@ -60,7 +60,12 @@ class Site:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stop_mount()
+        try:
+            self.stop_mount()
+        finally:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
         self.stop_agent()
         for keeper in self.keepers():
             with contextlib.suppress(ProcessLookupError):
@@ -116,7 +121,6 @@ class Site:
                 process.wait(DEADLINE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
                 raise
 
     def logs(self) -> str:
