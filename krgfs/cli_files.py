@@ -82,9 +82,6 @@ class Files(NamedTuple):
             return Unreachable(f"the mount at {self.mount} is dead; `krg up` brings it back")
         if not _is_there(self.path("version")):
             return Unreachable(f"krgfs is not mounted at {self.mount}; `krg up` starts it")
-        procs = self.path("procs")  # leads to this node, whose name only the agent knows
-        if os.path.islink(procs) and not _is_there(procs):
-            return Unreachable(f"{self.mount} has not heard its agent yet; `krg up` starts it")
         what = _shown(os.path.relpath(path, self.mount))
         if number in (errno.ENOENT, errno.ESRCH, errno.ENOTDIR):
             return Gone(f"there is no {what}")

@@ -155,7 +155,7 @@ def images(files: Files, app: str | None, as_json: bool) -> None:
         Column("SIZE", right=True),
         Column("STORED", right=True),
         Column("LABELS", least=6),
-        Column("DESC", least=6),
+        Column("DESC", least=6, prose=True),
     ]
     rows = [
         (
@@ -330,7 +330,7 @@ def jobs(files: Files, job: str | None, count: int, as_json: bool) -> None:
         Column("AGO", right=True),
         Column("TOOK", right=True),
         Column("BYTES", right=True),
-        Column("OUTCOME", least=12),
+        Column("OUTCOME", least=12, prose=True),
     )
     now = time.time()
     click.echo(table(columns, [job_row(each, now) for each in found], width()), nl=False)
@@ -338,14 +338,15 @@ def jobs(files: Files, job: str | None, count: int, as_json: bool) -> None:
 
 def job_row(job: dict[str, str], now: float) -> tuple[str, ...]:
     is_over = job.get("ended", "-") != "-"
-    outcome = job.get("outcome", "") if is_over else ""
+    outcome = job.get("outcome", "").removeprefix("error ") if is_over else ""
     if not is_over and job.get("eta_s", "-") != "-":
         outcome = f"{size(job.get('rate', ''))}/s, {duration(float(job['eta_s']))} left"
     moved = job.get("bytes_done", "0")
+    about = job.get("object") or job.get("words", "").partition(" ")[0]
     return (
         job.get("id", ""),
         job.get("verb", ""),
-        job.get("object", "").removeprefix(f"nodes/{job.get('node')}/").removeprefix("procs/"),
+        about.removeprefix(f"nodes/{job.get('node')}/").removeprefix("procs/"),
         job.get("phase", ""),
         since(job.get("started", ""), now),
         duration(float(job.get("seconds", "0"))),

@@ -1,7 +1,6 @@
 """How figures and tables look on a terminal. Pure functions.
 
-A table is as wide as it needs, and on a terminal no wider than that: then the columns that may
-shrink lose their middle.
+A table is as wide as it needs, and on a terminal no wider than that: then columns shrink that may.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ CUT = "…"
 
 
 class Column(NamedTuple):
-    """`least` is the width that it may shrink to; 0 is a column that never shrinks."""
+    """`least` is the width that it may shrink to; 0 is a column that never shrinks. Names lose
+    their middle then, where they differ least, a `prose` its end."""
 
     title: str
     right: bool = False
     least: int = 0
+    prose: bool = False
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], width: int = 0) -> str:
@@ -42,16 +43,16 @@ def _shrink(columns: Sequence[Column], widths: list[int], room: int) -> None:
 def _line(columns: Sequence[Column], widths: Sequence[int], row: Sequence[str]) -> str:
     parts = []
     for column, width, cell in zip(columns, widths, row, strict=True):
-        text = cut(cell, width)
+        text = cut(cell, width, column.prose)
         parts.append(text.rjust(width) if column.right else text.ljust(width))
     return GAP.join(parts).rstrip() + "\n"
 
 
-def cut(text: str, width: int) -> str:
-    """Shorten a text in its middle, where names differ least."""
+def cut(text: str, width: int, prose: bool = False) -> str:
+    """Shorten a text to a width, in its middle or (prose) at its end."""
     if len(text) <= width:
         return text
-    if width < 5:
+    if prose or width < 5:
         return text[: max(0, width - 1)] + CUT
     end = (width - 1) // 2
     return text[: width - 1 - end] + CUT + text[-end:]

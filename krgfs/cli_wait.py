@@ -21,7 +21,7 @@ from .cli_files import Files, answer, error_of, write
 from .cli_table import bar
 from .errors import Cancelled, KrgError
 
-LOOK_S = 0.1
+LOOK_S, FOLLOW_S = 0.2, 0.05
 QUIET_S = 0.3
 LOOKED_AT = 64
 CLEAR = "\r\x1b[K"
@@ -77,8 +77,8 @@ class Writer:
 def submit(files: Files, path: str, line: str, title: str, follow: bool = True) -> str:
     """Have a verb done and return the line that its file reads back.
 
-    With `follow` a job that goes on after the write is waited for as well. Ctrl-C ends the process,
-    and by that the job.
+    With `follow` a job that goes on after the write is waited for as well, without it the line
+    names the job. Ctrl-C ends the process, and by that the job.
     """
     progress = Progress(title)
     known = max(files.numbers("jobs"), default=0)
@@ -90,7 +90,7 @@ def submit(files: Files, path: str, line: str, title: str, follow: bool = True) 
                     progress.draw(job)
         except KeyboardInterrupt:
             progress.clear()
-            sys.stderr.write(f"krg: {title}: cancelled\n")
+            sys.stderr.write(f"krg: {title}: interrupted, the job is being cancelled\n")
             die_of(signal.SIGINT)
         finally:
             progress.clear()
@@ -99,9 +99,9 @@ def submit(files: Files, path: str, line: str, title: str, follow: bool = True) 
             return _followed(files, number, progress)
         raise writer.error
     job = job_of(files, path, line, known)
-    if follow and job:
-        return _followed(files, job["id"], progress)
-    return writer.line
+    if not job:
+        return writer.line
+    return _followed(files, job["id"], progress) if follow else f"running jobs/{job['id']}"
 
 
 def named_job(error: KrgError) -> str:
@@ -122,11 +122,11 @@ def _followed(files: Files, job: str, progress: Progress) -> str:
         while (status := files.pairs("jobs", job, "status")).get("ended", "-") == "-":
             if progress.is_due:
                 progress.draw(status)
-            time.sleep(LOOK_S)
+            time.sleep(FOLLOW_S)
     except KeyboardInterrupt:
         cancel(files, job)
         progress.clear()
-        sys.stderr.write(f"krg: {progress.title}: cancelled\n")
+        sys.stderr.write(f"krg: {progress.title}: interrupted, the job is being cancelled\n")
         die_of(signal.SIGINT)
     finally:
         progress.clear()

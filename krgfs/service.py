@@ -77,9 +77,9 @@ def node_online(places: Places) -> str:
     """Return the name of this node when the mount answers and has its agent, else an empty one."""
     files = Files(places.mount)
     try:
-        name = os.readlink(files.path("procs")).split("/")[1]
-        state = files.line("nodes", name, "state").split()
-    except (OSError, IndexError, KrgError):
+        name = files.pairs("self", "status").get("node", "")
+        state = files.line("nodes", name, "state").split() if name else []
+    except KrgError:
         return ""
     return name if state and state[0] not in ("failed", "left") else ""
 
@@ -250,11 +250,22 @@ def _await(places: Places, marks: Mapping[str, int]) -> tuple[str, int]:
             if DIED in said:
                 raise EngineFailed(f"the {daemon} does not start; it said:\n{_tail(said)}")
         if time.monotonic() > end:
-            silent = MOUNT if agent_pid(places) else AGENT
-            said = _tail(_said(places.log(silent), marks[silent]))
-            raise TimedOut(f"the {silent} did not answer within {UP_S:.0f} s; it said:\n{said}")
+            raise TimedOut(_silence(places, marks))
         time.sleep(LOOK_S)
     return name, pid
+
+
+def _silence(places: Places, marks: Mapping[str, int]) -> str:
+    """Return which daemon does not answer, with the last that it said."""
+    if not agent_pid(places):
+        silent, what = AGENT, "the agent did not answer"
+    elif not answers(places.mount):
+        silent, what = MOUNT, "the mount did not answer"
+    else:
+        silent, what = MOUNT, "agent and mount answer, and the mount has not heard the agent"
+    return (
+        f"{what} within {UP_S:.0f} s; it said:\n{_tail(_said(places.log(silent), marks[silent]))}"
+    )
 
 
 def _found(places: Places, name: str, pid: int, started: tuple[str, ...]) -> Up:

@@ -333,14 +333,6 @@ def test_what_is_not_there_is_gone(tree, capsys):
     assert (code, err) == (errors.Gone.exit_code, "krg: there is no job 99\n")
 
 
-def test_a_mount_that_has_no_agent_yet_says_so(tmp_path, capsys):
-    (tmp_path / "version").touch()
-    (tmp_path / "procs").symlink_to("nodes//procs")
-    for words in (["ps"], ["checkpoint", "42"]):
-        code, _, err = exit_of([*words, "--mount", tmp_path], capsys)
-        assert code == errors.Unreachable.exit_code and "has not heard its agent" in err
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -449,19 +441,46 @@ def test_freeze_while_holds_the_file_and_exits_as_its_command(command, code, tre
 
 
 @pytest.mark.parametrize(
-    ("line", "error", "job"),
+    ("error", "job"),
     [
-        ("running jobs/12", None, "12"),
-        ("blast/v3", None, ""),
-        ("pid 12", None, ""),
-        ("", errors.Cancelled("you are about to be frozen yourself; jobs/7 goes on"), "7"),
-        ("", errors.Cancelled("jobs/31: cancelled: by root"), "31"),
-        ("", errors.Cancelled("a signal came"), ""),
-        ("", errors.Busy("jobs/7 holds it"), ""),
+        (errors.Cancelled("you are about to be frozen yourself; jobs/7 goes on"), "7"),
+        (errors.Cancelled("jobs/31: cancelled: by root"), "31"),
+        (errors.Cancelled("a signal came"), ""),
+        (errors.Busy("jobs/7 holds it"), ""),
     ],
 )
-def test_a_job_that_goes_on_is_known(line, error, job):
-    assert cli_wait.running_job(line, error) == job
+def test_a_job_that_goes_on_is_known(error, job):
+    assert cli_wait.named_job(error) == job
+
+
+def job_file(tree, number, verb, object, words, ended):
+    job = Job(
+        id=number,
+        verb=verb,
+        object=object,
+        node="n1",
+        uid=0,
+        words=words,
+        started=1.0,
+        phase=Phase.DONE if ended else Phase.DUMPING,
+        ended=2.0 if ended else 0.0,
+    )
+    (tree / f"jobs/{number}").mkdir(exist_ok=True)
+    (tree / f"jobs/{number}/status").write_bytes(render.job_status(job))
+
+
+def test_our_job_is_told_from_the_others(tree):
+    job_file(tree, 7, "checkpoint", "nodes/n1/procs/42", "1", ended=True)
+    job_file(tree, 8, "checkpoint", "nodes/n1/procs/43", "1", ended=False)
+    job_file(tree, 9, "restart", "", "blast/v1", ended=True)
+    files = Files(str(tree))
+    path = files.path("procs", "42", "checkpoint")
+    assert cli_wait.job_of(files, path, "1", 7) == {}
+    assert cli_wait.job_of(files, path, "1", 6)["id"] == "7"
+    assert cli_wait.job_of(files, files.path("procs", "43", "checkpoint"), "1", 9)["id"] == "8"
+    assert cli_wait.job_of(files, files.path("procs", "43", "checkpoint"), "1 name=a", 7) == {}
+    assert cli_wait.job_of(files, files.path("restart"), "blast/v1", 8)["id"] == "9"
+    assert cli_wait.job_of(files, files.path("restart"), "blast/v2", 8) == {}
 
 
 def test_a_progress_line_is_for_terminals(capsys):
