@@ -345,22 +345,21 @@ class Images:
         known: Collection[tuple[str, int]],
         imports: Collection[tuple[str, str]],
         unfinished: Collection[tuple[str, int]] = (),
+        running: Collection[int] = (),
     ) -> Recovered:
         """Set right what an earlier agent left; to be called once, before anything else.
 
         `known` are the versions and `imports` the imports that have records, `unfinished` the
-        versions that the journal names as being published or removed. Spools, trash, imports
-        without a record and unfinished versions without one are deleted. An import that was to
-        become the version of its name, and has its record still, is an import again.
+        versions that the journal names as being published or removed, `running` the jobs whose
+        CRIU is still at work: their spools stay. All other spools, trash, imports without a record
+        and unfinished versions without one are deleted. An import that was to become the version
+        of its name, and has its record still, is an import again.
         """
-        found = await _run(
+        spools = {f".spool-{job}" for job in running}
+        return await _run(
             f"cannot tidy up {self.root}",
-            lambda: _recover(self.root, set(known), set(imports), set(unfinished)),
+            lambda: _recover(self.root, set(known), set(imports), set(unfinished), spools),
         )
-        for app, name in imports:
-            if os.path.isdir(self._import(app, name)):
-                self._imports[app, name] = trio.Lock()
-        return found
 
     # -- imports
 
@@ -376,7 +375,6 @@ class Images:
             _own(path, uid, gid, 0o700)
 
         await _run(f"cannot make {app}/{name}", work)
-        self._imports[app, name] = trio.Lock()
 
     async def write_file(self, app: str, name: str, file: str, offset: int, data: bytes) -> None:
         """Make `file` of an import if it is not there, and write `data` whole at `offset`."""
@@ -417,11 +415,9 @@ class Images:
 
     async def remove_import(self, app: str, name: str) -> None:
         """Remove an import and all that was copied into it, if it is there."""
-        if (app, name) not in self._imports:
-            return
-        async with self._importing(app, name) as path:
-            await _run(f"cannot remove {app}/{name}", lambda: _discard(path))
-            del self._imports[app, name]
+        with contextlib.suppress(Gone):
+            async with self._importing(app, name) as path:
+                await _run(f"cannot remove {app}/{name}", lambda: _discard(path))
 
     async def import_complete(self, app: str, name: str) -> Manifest | None:
         """Return the manifest of an import in which all is there that it names, and matches.
@@ -469,7 +465,6 @@ class Images:
             found, whole = await _run(f"cannot import {ref}", examine)
             found = await self._make_durable(path, found, ref, whole=whole)
             await _run(f"cannot import {ref}", lambda: _publish(path, target))
-            del self._imports[app, name]
             return found
 
     # -- inside
@@ -525,14 +520,17 @@ class Images:
     @asynccontextmanager
     async def _importing(self, app: str, name: str) -> AsyncIterator[str]:
         """Yield the directory of an import, which nobody else changes meanwhile."""
-        path = self._import(app, name)
-        lock = self._imports.get((app, name))
-        if lock is None:
+        path, key = self._import(app, name), (app, name)
+        if not os.path.isdir(path):
             raise Gone(f"there is no import {app}/{name}: make it with mkdir")
-        async with lock:
-            if (app, name) not in self._imports:
-                raise Gone(f"there is no import {app}/{name} any more: it was finished or removed")
-            yield path
+        async with self._imports.setdefault(key, trio.Lock()):
+            try:
+                if not os.path.isdir(path):
+                    raise Gone(f"there is no import {app}/{name} any more: it has ended")
+                yield path
+            finally:
+                if not os.path.isdir(path):
+                    self._imports.pop(key, None)
 
     def _check_size(self, start: int, end: int) -> None:
         """Refuse holes that no disk could fill: whoever hashes them would be at it for days."""
@@ -900,6 +898,7 @@ def _recover(
     known: set[tuple[str, int]],
     imports: set[tuple[str, str]],
     unfinished: set[tuple[str, int]],
+    spools: set[str],
 ) -> Recovered:
     removed, unlisted, there = [], [], set()
     for app, name in imports:
@@ -917,7 +916,7 @@ def _recover(
             if name.startswith(".import-"):
                 partial = (app, name.removeprefix(".import-")) not in imports
             else:
-                partial = name.startswith((".spool-", ".trash-"))
+                partial = name.startswith((".spool-", ".trash-")) and name not in spools
             if (app, version) in known:
                 there.add((app, version))
             elif partial or (app, version) in unfinished:

@@ -608,6 +608,21 @@ async def test_recovery_removes_what_was_not_finished_and_nothing_else(images, r
     await fresh.remove_import("gone", "v6")
 
 
+async def test_recovery_spares_the_spool_of_a_dump_that_goes_on(images, root):
+    for name in ("blast/.spool-7", "blast/.spool-70", "other/.spool-8"):
+        (root / name).mkdir(parents=True)
+    found = await images.recover(set(), set(), running={7})
+    assert found.removed == ["blast/.spool-70", "other/.spool-8"]
+    assert (root / "blast/.spool-7").is_dir()
+
+
+async def test_an_import_goes_on_under_the_next_agent(images, root):
+    await images.begin_import("blast", "v2", ANNA, ANNA)
+    fresh = await Images.open(root)
+    await fresh.write_file("blast", "v2", "x", 0, b"x")
+    assert await fresh.read("blast", "v2", "x", 0, 9) == b"x"
+
+
 async def test_a_lost_store_costs_no_image(images, root):
     await make(images, 1)
     before = tree_of(root / "blast/v1")
@@ -768,6 +783,17 @@ async def test_a_removed_import_is_gone(images, root):
     assert tree_of(root / "blast") == {}
     with pytest.raises(Gone):
         await images.write_file("blast", "v2", "x", 0, b"x")
+
+
+async def test_imports_that_ended_are_forgotten(images, root):
+    await make(images, 1)
+    await copied(images, root / "blast/v1", "v2")
+    await images.finish_import("blast", "v2", 2)
+    await copied(images, root / "blast/v1", "v3")
+    await images.remove_import("blast", "v3")
+    with pytest.raises(Gone):
+        await images.write_file("blast", "v4", "x", 0, b"")
+    assert images._imports == {}
 
 
 async def test_of_two_that_finish_at_once_one_does(images, root):
