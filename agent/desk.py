@@ -25,6 +25,7 @@ from .jobs import Running
 from .ops import checkpoint, freeze, restart
 from .parts import Parts
 from .procs import ProcessTree
+from .state import refusal_line
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Desk:
         try:
             return await self._do(request)
         except KrgError as exc:
+            if isinstance(request, wire.Submit):
+                self._state.add_log(refusal_line(request, self._state.node.name, exc))
             return wire.failure(request.id, exc)
         except Exception as exc:
             log.exception("request.crashed kind=%s", type(request).__name__)

@@ -18,7 +18,7 @@ import trio
 from krgfs.errors import Busy, Cancelled, EngineFailed, Gone, KrgError, NotYours
 from krgfs.model import FOLLOWS, Caller, Job, Phase
 
-from .state import State
+from .state import State, log_line
 
 log = logging.getLogger(__name__)
 GRACE_S = 1.0
@@ -219,7 +219,7 @@ class Jobs:
             self._state.show(job)
         outcome = "ok" if error is None else job.phase.value
         self._state.count(f'krg_jobs_total{{verb="{job.verb}",outcome="{outcome}"}}')
-        self._state.add_log(job)
+        self._state.add_log(log_line(job))
         self._state.event(
             "job.ended", job.uid, job=job.id, verb=job.verb, object=job.object, outcome=outcome
         )

@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from krgfs import wire
-from krgfs.errors import Fenced, name_of
+from krgfs.errors import Fenced, KrgError, name_of
 from krgfs.model import App, Event, Image, Import, Job, LogLine, Node, Store, Tree, Value, instant
 
 from .store import Conflict, Expect
@@ -140,8 +140,7 @@ class State:
         known = self.trees.get(pid)
         return known if known is not None and known.id.start == start else None
 
-    def add_log(self, job: Job) -> None:
-        line = log_line(job)
+    def add_log(self, line: LogLine) -> None:
         trim = 0
         self.log.append(line)
         if len(self.log) > KEPT_LINES:
@@ -287,3 +286,11 @@ def log_line(job: Job) -> LogLine:
     place = job.object or "/"
     text = f"{instant(job.ended)} {job.id} {job.verb} {place} {job.node} {outcome} {message}"
     return LogLine(time=job.ended, job=job.id, uid=job.uid, text=text.rstrip())
+
+
+def refusal_line(request: wire.Submit, node: str, error: KrgError) -> LogLine:
+    """Write the line of /krg/log for a command that never became a job, with - for its id."""
+    now, place = time.time(), request.object or "/"
+    outcome = f"{name_of(error.errno)} {error.message}"
+    text = f"{instant(now)} - {request.verb} {place} {node} {outcome}"
+    return LogLine(time=now, job=0, uid=request.caller.uid, text=text)

@@ -380,7 +380,10 @@ class Mount(pyfuse3.Operations):
             await self.client.call(wire.RemoveApp, self._caller(ctx), app=place.args[0])
         elif place.row.path == "images/APP/VERSION":
             app, version = place.args
-            await self.client.call(wire.RemoveVersion, self._caller(ctx), app=app, name=version)
+            try:
+                await self.client.call(wire.RemoveVersion, self._caller(ctx), app=app, name=version)
+            finally:
+                self._show(place)
         else:
             raise pyfuse3.FUSEError(errno.EPERM)
 
@@ -483,6 +486,12 @@ class Mount(pyfuse3.Operations):
         """An unlink inside a committed image hides the name for a while: `rm -r` gets on to the
         rmdir, which removes; one that was interrupted leaves the image whole."""
         self._hidden[place] = trio.current_time() + HIDDEN_S
+
+    def _show(self, version: Place) -> None:
+        """Removed or refused: what was hidden in a version is hidden no longer."""
+        within = len(version.args)
+        for place in [each for each in self._hidden if each.args[:within] == version.args]:
+            del self._hidden[place]
 
     def _is_hidden(self, place: Place) -> bool:
         if not self._hidden:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 import trio
 
@@ -26,6 +29,8 @@ CLOSING_S = 0.1
 RESTORING_S = 5.0
 STATUS_S = 2.0
 READ_ONLY = "it takes no writes"
+KEPT_REFUSALS = 1000
+OWN_STATE = ("freeze", "wait")
 
 
 class Handle:
@@ -69,6 +74,13 @@ class Handle:
         return (self._content or b"")[start : start + size]
 
 
+class Refusal(NamedTuple):
+    """What a verb file reads back after an error, in the place of what it had read before."""
+
+    line: str
+    instead_of: bytes
+
+
 class Handles:
     """All open files of the mount, and what reading and writing them does."""
 
@@ -79,6 +91,7 @@ class Handles:
         self._open: dict[int, Handle] = {}
         self._next = 0
         self._closed = trio.Event()
+        self._refusals: OrderedDict[tuple[Place, int], Refusal] = OrderedDict()
 
     def __iter__(self) -> Iterator[Handle]:
         return iter(tuple(self._open.values()))
@@ -146,12 +159,32 @@ class Handles:
         is_verb = handle.place.row.kind is Kind.VERB
         if content and not is_verb:
             return content
+        if refused := self._refused(handle, content):
+            return refused
         if not tree.is_there(self._sight(handle.caller), handle.place):
             raise Gone(f"{tree.path_of(handle.place)}: it has ended")
         if content or not is_verb:
             return content
         await self._while_restoring()
         return self._rendered(handle)
+
+    def _refused(self, handle: Handle, content: bytes) -> bytes:
+        """Return the error that this user was last answered here, unless there is newer news."""
+        refusal = self._refusals.get((handle.place, handle.caller.uid))
+        if refusal is None or refusal.instead_of != content:
+            return b""
+        return f"{refusal.line}\n".encode()
+
+    def _note(self, handle: Handle, line: str = "") -> None:
+        """Remember how a write ended, for whoever of the same user opens the file after it."""
+        if handle.place.row.verb in OWN_STATE:
+            return
+        key = handle.place, handle.caller.uid
+        self._refusals.pop(key, None)
+        if line:
+            self._refusals[key] = Refusal(line, self._rendered(handle))
+        if len(self._refusals) > KEPT_REFUSALS:
+            self._refusals.popitem(last=False)
 
     async def _while_restoring(self) -> None:
         """A process may read before the agent has noted that it was restarted: wait for that."""
@@ -212,9 +245,12 @@ class Handles:
         try:
             await self._command(handle, data)
         except KrgError as exc:
-            handle.written(end, f"error {name_of(exc.errno)} {exc.message}")
+            line = f"error {name_of(exc.errno)} {exc.message}"
+            handle.written(end, line)
+            self._note(handle, line)
             raise
         handle.written(end)
+        self._note(handle)
         return len(data)
 
     async def _import(self, handle: Handle, offset: int, data: bytes) -> int:
@@ -237,7 +273,11 @@ class Handles:
         if len(data) > MAX_BYTES:
             raise BadWords(f"{place.row.verb}: one command a write, at most {MAX_BYTES} bytes")
         text = data.decode("utf-8", "surrogateescape").removesuffix("\n")
-        command = parse(place.row.verb, text)
+        try:
+            command = parse(place.row.verb, text)
+        except BadWords:
+            await self._tell(handle, text)
+            raise
         pid, start = self._object_pid(place)
         if caller.foreign_pid_ns and pid and pid != caller.pid:
             raise BadWords(
@@ -255,6 +295,12 @@ class Handles:
         if accepted.member or _returns_at_once(command):
             return
         await self._until_over(handle, accepted.job)
+
+    async def _tell(self, handle: Handle, text: str) -> None:
+        """Have the agent refuse the words too: it writes the log."""
+        with suppress(KrgError), self._blocked.brief(handle.caller):
+            verb = handle.place.row.verb
+            await self._client.submit(handle.caller, verb, self._object(handle), text)
 
     def _object(self, handle: Handle) -> str:
         """Return the directory that the verb file is in, as everybody names it."""
