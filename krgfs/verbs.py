@@ -404,8 +404,8 @@ def usage(verb: Verb) -> str:
 
 
 def _is_bare(verb: Verb, text: str) -> bool:
-    name = text.partition("=")[0]
-    return verb.word(name) is None
+    name, equals, _ = text.partition("=")
+    return verb.word(name) is None and (verb.bare.required or not equals)
 
 
 def _bare_field(verb: Verb, text: str) -> dict[str, Any]:
