@@ -26,29 +26,38 @@ class Ends:
     def __init__(self, state: State, nursery: trio.Nursery) -> None:
         self._state = state
         self._nursery = nursery
-        self._watched: set[ProcessId] = set()
+        self._watched: dict[ProcessId, trio.Event] = {}
 
     def watch(self, tree: Tree) -> None:
         """Note in its record when the tree ends. Watching one twice is watching it once."""
         if tree.ended or tree.id in self._watched:
             return
-        self._watched.add(tree.id)
+        self._watched[tree.id] = trio.Event()
         self._nursery.start_soon(self._until_ended, tree)
 
+    async def noted(self, process: ProcessId) -> None:
+        """Wait until the end of a tree that is watched is in its record."""
+        if process in self._watched:
+            await self._watched[process].wait()
+
     async def _until_ended(self, tree: Tree) -> None:
-        how = "ended"
         try:
-            if tree.keeper is not None:
-                how = await keepers.ended(tree.keeper_dir, tree.id)
-            else:
-                await procs.ended(tree.id)
+            await self._watch_out(tree)
         finally:
-            self._watched.discard(tree.id)
+            self._watched.pop(tree.id).set()
+
+    async def _watch_out(self, tree: Tree) -> None:
+        how = "ended"
+        if tree.keeper is not None:
+            how = await keepers.ended(tree.keeper_dir, tree.id)
+        else:
+            await procs.ended(tree.id)
         try:
             await self._note(tree, how)
         except KrgError as exc:
             log.error("tree.end_unwritten pid=%d reason=%r", tree.pid, exc.message)
-        self._state.event("tree.ended", tree.uid, pid=tree.pid, app=tree.app, how=how)
+        app = (self._state.tree(tree.id.pid, tree.id.start) or tree).app
+        self._state.event("tree.ended", tree.uid, pid=tree.pid, app=app, how=how)
 
     async def _note(self, tree: Tree, how: str) -> None:
         known = self._state.tree(tree.id.pid, tree.id.start)

@@ -204,6 +204,7 @@ async def _afterwards(
             return
         if then.kind == "kill" and then.signal == signals.SIGKILL:
             await parts.freezer.kill(frozen, tree)
+            await parts.ends.noted(tree.id)
             return
         procs.send(tree, signals.SIGSTOP if then.kind == "stop" else then.signal)
         await freeze.let_go(parts, tree, frozen)
