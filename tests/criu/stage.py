@@ -7,12 +7,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.sites import Site, until
+from tests.sites import Site, gone, until
 from tests.workloads.harness import Workload, start
 
 OTHER_USER = ("1000", "1000")
@@ -84,6 +86,13 @@ class Stage:
         workload.adopt(int(outcome.split()[1]))
         return workload.pid
 
+    def end_pid(self, pid: int) -> None:
+        """Kill one process that is no workload, and wait until its pid is free."""
+        os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        until(lambda: gone(pid), f"{pid} is gone")
+
     def end(self, workload: Workload) -> None:
         """Kill a workload's tree from outside of krgfs, and wait until its pids are free."""
         tree = workload.tree()
@@ -128,23 +137,47 @@ def as_user(uid: int, script: str, site: Site) -> subprocess.CompletedProcess[st
 
 @contextmanager
 def program(
-    command: Sequence[str], directory: Path, stdout: int = subprocess.DEVNULL
+    source: str, directory: Path, stdout: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program in its own session with its descriptors on /dev/null; ended on leave."""
+    """Start a Python program of a few lines in its own session, descriptors on /dev/null.
+
+    Returns once it has made the file `ready`; ended on leave, also where it was restarted since.
+    """
+    mark = f"PROGRAM_ID={uuid.uuid4().hex}"
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", f"import os, signal, time\n{source}"],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         cwd=directory,
+        env={"PATH": os.environ["PATH"], **dict([mark.split("=")])},
     )
     try:
+        until((directory / "ready").exists, "the program is ready")
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        for pid in _marked(mark):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
+        until(lambda: not _marked(mark), "the program is gone")
+
+
+def _marked(mark: str) -> list[int]:
+    """Return the processes that have this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def number_in(path: Path) -> int:
+    """Return the number that a program keeps in a file, 0 while there is none."""
+    text = path.read_text() if path.exists() else ""
+    return int(text) if text.endswith("\n") else 0
 
 
 def states(pids: list[int]) -> set[str]:
@@ -168,9 +201,3 @@ def standstill(workload: Workload) -> bool:
     before = workload.progress()
     subprocess.run(["sleep", "0.2"], check=True)
     return workload.progress() == before
-
-
-def wait_past(workload: Workload, step: int) -> int:
-    """Return the progress once it is beyond `step`."""
-    until(lambda: workload.progress() > step, f"progress beyond {step}")
-    return workload.progress()

@@ -23,7 +23,7 @@ from tests.workloads import harness
 from tests.workloads.harness import Workload, start
 from tests.workloads.judge import AppendLog
 
-NEEDS = {"node_counter": "node", "Counter": "java", "small": "gcc"}
+NEEDS = {"node_counter": "node", "Counter": "java", "small": "gcc", "redisload": "redis-server"}
 OTHER_USER = ("4242", "4243", "4244,4245")
 WORDS = {
     "otheruid": OTHER_USER,
