@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from . import wire
-from .errors import KrgError, Unreachable
+from .errors import BadWords, KrgError, Unreachable
 from .model import Caller, ImageFile, Job, View
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,8 @@ class Client:
             await channel.send(make(id=number, caller=caller, **fields))
             with trio.fail_after(ANSWER_S):
                 answer = await receive.receive()
+        except UnicodeEncodeError:
+            raise BadWords("a name of krgfs is UTF-8 text; choose another one") from None
         except trio.TooSlowError:
             raise Unreachable(
                 f"the agent of this node did not answer in {ANSWER_S:.0f} s"

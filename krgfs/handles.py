@@ -50,7 +50,7 @@ class Handle:
         self._error = ""
 
     def written(self, end: int, error: str = "") -> None:
-        """A write ended at this offset: the next read begins there, with fresh content."""
+        """A write left the offset here: the next read begins there, with fresh content."""
         self._base = end
         self._content = None
         self._error = error
@@ -246,7 +246,7 @@ class Handles:
             await self._command(handle, data)
         except KrgError as exc:
             line = f"error {name_of(exc.errno)} {exc.message}"
-            handle.written(end, line)
+            handle.written(offset, line)  # one that failed moves no offset
             self._note(handle, line)
             raise
         handle.written(end)
@@ -272,7 +272,12 @@ class Handles:
         place, caller = handle.place, handle.caller
         if len(data) > MAX_BYTES:
             raise BadWords(f"{place.row.verb}: one command a write, at most {MAX_BYTES} bytes")
-        text = data.decode("utf-8", "surrogateescape").removesuffix("\n")
+        try:
+            text = data.decode().removesuffix("\n")
+        except UnicodeDecodeError as exc:
+            raise BadWords(
+                f"{place.row.verb}: byte {exc.start + 1} is not UTF-8; write the line in UTF-8"
+            ) from exc
         try:
             command = parse(place.row.verb, text)
         except BadWords:
