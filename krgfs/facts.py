@@ -10,6 +10,7 @@ import ctypes
 import os
 import stat as stat_modes
 import struct
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -42,6 +43,61 @@ def _read(path: str) -> bytes | None:
         return None
     finally:
         os.close(fd)
+
+
+class Recent:
+    """Reads /proc/PID/stat and the children of PID's first thread through descriptors that stay
+    open for the next time, those of the last `size` processes: what is read there is made anew at
+    every read at offset 0, and half of its cost is opening it.
+
+    A descriptor is of that very process: once it has ended, both are opened anew by name.
+    """
+
+    def __init__(self, size: int = 128) -> None:
+        self._size = size
+        self._open: OrderedDict[int, tuple[int, int]] = OrderedDict()
+
+    def stat(self, pid: int) -> bytes | None:
+        """Return /proc/PID/stat as it is now, None when there is no such process."""
+        for descriptors_of in (self._open.get, self._opened):
+            descriptors = descriptors_of(pid)
+            if descriptors is not None:
+                try:
+                    raw = os.pread(descriptors[0], 4096, 0)
+                except OSError:
+                    raw = b""
+                if raw:
+                    self._open.move_to_end(pid)
+                    return raw
+                self._close(pid)
+        return None
+
+    def children(self, pid: int) -> bytes | None:
+        """Return the children of the first thread of a process whose `stat` was read just now."""
+        descriptors = self._open.get(pid)
+        try:
+            return os.pread(descriptors[1], 4096, 0) if descriptors else None
+        except OSError:
+            return None
+
+    def _opened(self, pid: int) -> tuple[int, int] | None:
+        try:
+            first = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            second = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(first)
+            return None
+        self._open[pid] = first, second
+        if len(self._open) > self._size:
+            self._close(next(iter(self._open)))
+        return first, second
+
+    def _close(self, pid: int) -> None:
+        for fd in self._open.pop(pid, ()):
+            os.close(fd)
 
 
 def _boot_id() -> str:
@@ -125,8 +181,10 @@ class OpenFile(NamedTuple):
 def task(pid: int) -> Task | None:
     """Return what /proc/PID/stat says, None when there is no such process."""
     raw = _read(f"/proc/{pid}/stat")
-    if not raw:
-        return None
+    return _task(pid, raw) if raw else None
+
+
+def _task(pid: int, raw: bytes) -> Task:
     left, right = raw.find(b"("), raw.rfind(b")")
     field = raw[right + 2 :].split(None, 22)
     return Task(
@@ -270,8 +328,12 @@ def _children_of(pid: int, tid: int) -> list[int]:
     return [int(x) for x in (_read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
 
 
-def tree(root: int) -> tuple[Task, ...]:
+def tree(root: int, recent: Recent | None = None) -> tuple[Task, ...]:
     """Return a process and all its descendants, parents before children; empty when it is gone."""
+    if recent is not None and (raw := recent.stat(root)):
+        alone = _task(root, raw)
+        if alone.threads == 1 and recent.children(root) == b"":
+            return (alone,)
     first = task(root)
     if first is None:
         return ()

@@ -41,7 +41,7 @@ def readme(rows: Iterable[tuple[str, str]]) -> bytes:
 
 def process_status(node: str, pid: int, known: Tree | None) -> bytes:
     """Write what `status` of a process shows; of an ended one, what the agent remembers."""
-    tasks = facts.tree(pid)
+    tasks = facts.tree(pid, _recent)
     if not tasks:
         if known is None:
             return b""
@@ -69,6 +69,7 @@ def _or_not(value: str) -> str:
     return f" {value}" if value else ""
 
 
+_recent = facts.Recent()
 _RUNNING = ("running", "", "", "", "-", "-", 0)
 
 

@@ -1,0 +1,79 @@
+"""What /proc says, above all where it is read by a short cut."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from krgfs import facts
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "100"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_recent_reads_what_is_now_and_keeps_its_descriptors(child: subprocess.Popen[bytes]) -> None:
+    recent = facts.Recent()
+    assert recent.stat(child.pid)
+    before = descriptors()
+    for _ in range(50):
+        assert facts.tree(child.pid, recent) == facts.tree(child.pid)
+    assert descriptors() == before
+    child.send_signal(19)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert facts.tree(child.pid, recent)[0].state == "T"
+
+
+def test_recent_notices_children_and_the_end() -> None:
+    recent = facts.Recent()
+    shell = subprocess.Popen(["sh", "-c", "read x; sleep 100 & wait"], stdin=subprocess.PIPE)
+    assert len(facts.tree(shell.pid, recent)) == 1
+    assert shell.stdin
+    shell.stdin.write(b"\n")
+    shell.stdin.flush()
+    while len(facts.tree(shell.pid, recent)) != 2:
+        assert shell.poll() is None
+    for task in facts.tree(shell.pid):
+        os.kill(task.pid, 9)
+    shell.wait()
+    shell.stdin.close()
+    assert recent.stat(shell.pid) is None
+    assert facts.tree(shell.pid, recent) == ()
+
+
+def test_recent_holds_no_more_than_it_may() -> None:
+    recent = facts.Recent(size=3)
+    before = descriptors()
+    pids = [task.pid for task in facts.processes()][:8]
+    for pid in pids:
+        recent.stat(pid)
+    assert descriptors() - before <= 6
+
+
+def test_a_listing_shows_who_started_since_and_not_who_ended(
+    child: subprocess.Popen[bytes],
+) -> None:
+    listing = facts.Listing()
+    assert listing.entries()[str(child.pid)].start == (facts.task(child.pid) or pytest.fail()).start
+    other = subprocess.Popen(["sleep", "100"])
+    assert str(other.pid) in listing.entries()
+    other.kill()
+    other.wait()
+    assert str(other.pid) not in listing.entries()
+    assert "2" not in listing.entries()  # kthreadd
+
+
+def test_bytes_that_cannot_be_shown_stay_on_one_line() -> None:
+    assert facts.shown(b"plain name") == "plain name"
+    assert facts.shown(b"a\nb\xff") == "a\\nb\\xff"
