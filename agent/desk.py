@@ -112,8 +112,11 @@ class Desk:
     async def _on_tree(self, request: wire.Submit, command: Command, tree: ProcessTree) -> Running:
         holds: frozenset[int | str] = frozenset(tree.pids)
         operation: Callable[[Running], Awaitable[str]]
+        beside: Callable[[int], list[Tree]] = lambda number: []
         match command:
             case Checkpoint():
+                # whoever is answered at once may read next: there has to be a line to read
+                beside = partial(freeze.begun, self._parts, tree, request.verb)
                 app = names.app_for(self._state, tree, command.name)
                 holds |= {f"app {app.name}"}
                 operation = partial(self._checkpoint, tree=tree, words=command)
@@ -134,6 +137,7 @@ class Desk:
             holds,
             operation,
             uid=tree.credentials[tree.pid].uid,
+            beside=beside,
         )
         job.member = procs.is_member(tree, request.caller.pid)
         return job

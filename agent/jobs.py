@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 import trio
 
 from krgfs.errors import Busy, Cancelled, EngineFailed, Gone, KrgError, NotYours
-from krgfs.model import FOLLOWS, Caller, Job, Phase
+from krgfs.model import FOLLOWS, Caller, Job, Phase, Value
 
 from .state import State, log_line
 
@@ -141,8 +141,10 @@ class Jobs:
         holds: frozenset[int | str],
         operation: Callable[[Running], Awaitable[str]],
         uid: int | None = None,
+        beside: Callable[[int], Iterable[Value]] = lambda number: (),
     ) -> Running:
-        """Accept a verb: durable on return. `operation` returns the line that is read back."""
+        """Accept a verb: durable on return, together with the records that `beside` makes of the
+        job's number. `operation` returns the line that is read back."""
         self.refuse_if_held(holds)
         job = Job(
             id=self._state.next_job(),
@@ -158,7 +160,7 @@ class Jobs:
         self._running[job.id] = running
         self._state.jobs[job.id] = job
         try:
-            await self._state.commit(job)
+            await self._state.update(lambda: [job, *beside(job.id)])
         except BaseException:
             del self._running[job.id]
             del self._state.jobs[job.id]

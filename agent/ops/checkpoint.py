@@ -36,9 +36,9 @@ from . import freeze
 async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Checkpoint) -> str:
     """Make an image of the tree; returns APP/vN. Any failure leaves the tree as it was."""
     known = freeze.record_of(parts, tree)
-    app = names.app_for(parts.state, tree, words.name)
-    await freeze.told(parts, tree, job.id, "checkpoint", f"running jobs/{job.id}")
+    parts.ends.watch(known)
     try:
+        app = names.app_for(parts.state, tree, words.name)
         _refuse_orphans(tree, words)
         ends = await trio.to_thread.run_sync(outside.ends, tree)
         async with parts.engines, parts.journal.intent(job.id, "checkpoint") as intent:

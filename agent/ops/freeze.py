@@ -47,6 +47,11 @@ async def told(parts: Parts, tree: ProcessTree, job: int, verb: str, line: str) 
     parts.ends.watch(record_of(parts, tree))
 
 
+def begun(parts: Parts, tree: ProcessTree, verb: str, job: int) -> list[Tree]:
+    """Return the tree's record as it is while a job works on it."""
+    return [with_outcome(record_of(parts, tree), verb, f"running jobs/{job}", last_job=job)]
+
+
 def with_outcome(known: Tree, verb: str, line: str, **fields: object) -> Tree:
     """Return a tree's record with the line that the verb's file reads back."""
     outcomes = {**known.outcomes, verb: line}
