@@ -65,7 +65,7 @@ def program(words: Sequence[str] = ()) -> click.Group:
         show_default=True,
         envvar="KRG_MOUNT",
         show_envvar=True,
-        type=click.Path(file_okay=False),
+        type=click.Path(file_okay=False, readable=False),
         help="where krgfs is mounted; may stand after the command too",
     )
     @click.version_option(VERSION, "--version", prog_name="krg")

@@ -35,7 +35,7 @@ class Files(NamedTuple):
     def read(self, *parts: str) -> str:
         """Return the text of a file."""
         path = self.path(*parts)
-        with self._explained(path), open(path, "rb") as file:
+        with self.explained(path), open(path, "rb") as file:
             return file.read().decode("utf-8", "backslashreplace")
 
     def line(self, *parts: str) -> str:
@@ -49,7 +49,7 @@ class Files(NamedTuple):
     def names(self, *parts: str) -> list[str]:
         """Return the names in a directory."""
         path = self.path(*parts)
-        with self._explained(path):
+        with self.explained(path):
             return os.listdir(path)
 
     def numbers(self, *parts: str) -> list[int]:
@@ -59,7 +59,7 @@ class Files(NamedTuple):
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
         """Enter the block with a verb file open for writing and reading back."""
-        with self._explained(path):
+        with self.explained(path):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             yield fd
@@ -71,7 +71,8 @@ class Files(NamedTuple):
         self.read("version")
 
     @contextmanager
-    def _explained(self, path: str) -> Iterator[None]:
+    def explained(self, path: str) -> Iterator[None]:
+        """Enter the block so that what is refused there becomes an error with a sentence."""
         try:
             yield
         except OSError as exc:
@@ -143,7 +144,7 @@ def _shown(relative: str) -> str:
     if parts[0] == "jobs" and len(parts) > 1:
         return f"job {parts[1]}"
     if parts[0] == "images" and len(parts) > 1:
-        return f"app {parts[1]} with images"
+        return f"app {parts[1]}"
     if parts[0] == "nodes" and len(parts) > 1:
         return f"node {parts[1]}"
     return relative

@@ -16,6 +16,7 @@ from .cli_criu import find_criu
 from .cli_files import Files
 from .cli_options import MOUNT, as_json, print_json
 from .service import Places
+from .verbs import app_name
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FAILED = 1
@@ -24,7 +25,7 @@ COLUMNS = 80
 
 def _places(command: Command) -> Command:
     """Add the options that say where a node keeps things."""
-    directory = click.Path(file_okay=False, resolve_path=True)
+    directory = click.Path(file_okay=False, readable=False, resolve_path=True)
     for name, default, text in (
         ("mount", None, f"the mountpoint  [default: {MOUNT}]"),
         ("run", service.RUN, "socket and pidfiles"),
@@ -55,9 +56,23 @@ def _at(ctx: click.Context, state: str, run: str, mount: str | None) -> Places:
     return Places(state, run, mount or (files.mount if files else MOUNT))
 
 
+def _node_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A node's name becomes a directory and part of the names of images."""
+    try:
+        return app_name(value) if value else ""
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
+
+
 @click.command(short_help="Start the agent and mount /krg.")
 @_criu("the CRIU to use  [default: the one on PATH if it is 4.2 or newer, else one fetched]")
-@click.option("--node", default="", metavar="NAME", help="this node's name  [default: the host's]")
+@click.option(
+    "--node",
+    default="",
+    metavar="NAME",
+    callback=_node_name,
+    help="this node's name  [default: the host's]",
+)
 @_places
 @as_json
 @click.pass_context

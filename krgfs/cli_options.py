@@ -29,7 +29,7 @@ def at_mount(command: Command) -> Command:
         hidden=True,
         expose_value=False,
         callback=set_mount,
-        type=click.Path(file_okay=False),
+        type=click.Path(file_okay=False, readable=False),
     )(command)
 
 

@@ -259,7 +259,8 @@ def log(files: Files, follow: bool, lines: int, as_json: bool) -> None:
     _print_log(seen[-lines:] if lines else seen, as_json)
     if not follow:
         return
-    with open(files.path("log"), "rb", buffering=0) as file:
+    path = files.path("log")
+    with files.explained(path), open(path, "rb", buffering=0) as file:
         poll = select.poll()
         poll.register(file, select.POLLIN)
         while True:

@@ -348,6 +348,8 @@ def test_what_is_not_there_is_gone(tree, capsys):
         ("thaw", "42", "--signal", "NONE"),
         ("signal", "42", "NONE"),
         ("jobs", "-n", "many"),
+        ("up", "--node", "a/b"),
+        ("up", "--criu", "/no/such/criu"),
         ("frobnicate",),
         ("ps", "--frobnicate"),
     ],
