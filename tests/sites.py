@@ -46,6 +46,7 @@ class Site:
         self.state = self.base / "state"
         self.run = self.base / "run"
         self.node = node
+        self.program = [str(BIN / "krg-agent")]
         self._freezer = freezer
         self.agent: subprocess.Popen[bytes] | None = None
         self.mount: subprocess.Popen[bytes] | None = None
@@ -77,7 +78,7 @@ class Site:
     # -- the two daemons
 
     def start_agent(self, *options: str) -> None:
-        command = [str(BIN / "krg-agent"), "--state", str(self.state), "--run", str(self.run)]
+        command = [*self.program, "--state", str(self.state), "--run", str(self.run)]
         command += ["--node", self.node, "--freezer", self._freezer, *options]
         self.agent = self._daemon(command, "agent.log")
         until(lambda: self._is_up(self.agent, (self.run / "agent.sock").exists()), "agent up")
