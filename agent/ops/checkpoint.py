@@ -95,14 +95,12 @@ async def _make_image(
             kept.append(await _keep(parts, job, tree, words, app, ends, spool, report, intent))
 
         options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
-        if criu.is_ended_by(options):
-            await _dump(parts, job, tree, options, spool, intent, keep)
-        elif frozen is not None:
-            await keep(await _dump(parts, job, tree, options, spool, intent))
-        else:
-            async with parts.mounts.release(tree.pids):
-                report = await _dump(parts, job, tree, options, spool, intent)
-            await keep(report)
+        async with parts.mounts.release(tree.pids):
+            if criu.is_ended_by(options):
+                await _dump(parts, job, tree, options, spool, intent, keep)
+                return kept[0]
+            report = await _dump(parts, job, tree, options, spool, intent)
+        await keep(report)
     return kept[0]
 
 
