@@ -73,9 +73,9 @@ class Freezer:
         try:
             await attempt.run()
         except BaseException as exc:
-            unrest = _unrest(attempt.frozen, tree) if attempt.is_waiting else {}
+            unrest = attempt.unrest()
             with trio.move_on_after(UNDO_S, shield=True):
-                await self.thaw(attempt.frozen)
+                await _thaw(attempt.frozen)
                 if unrest:
                     await trio.sleep(0.01)  # the thaw woke them all: those that wait, wait again
             if isinstance(exc, trio.Cancelled) and attempt.is_waiting:
@@ -101,12 +101,7 @@ class Freezer:
         from; where an origin is gone, to what is left above it. Waits for dying tasks to leave the
         leaf. Raises EngineFailed, the tree running in the leaf, when a task cannot go back.
         """
-        if frozen.leaf:
-            await _empty(frozen)
-        else:
-            _release(frozen)
-        for placeholder in frozen.placeholders:
-            await _end_placeholder(placeholder)
+        await _thaw(frozen)
 
     async def kill(self, frozen: Frozen, tree: ProcessTree) -> None:
         """End all tasks of a frozen tree before any of them runs, and remove what froze it.
@@ -126,7 +121,7 @@ class Freezer:
             _release(frozen)
         for each in victims:
             await procs.ended(each)
-        await self.thaw(frozen)
+        await _thaw(frozen)
 
 
 def _unusable(hierarchy: Hierarchy) -> str:
@@ -160,6 +155,7 @@ def _plan(hierarchy: Hierarchy, tree: ProcessTree, name: str) -> Frozen:
     }
     if not places:
         raise Gone(f"process {tree.pid} has just ended")
+    _refuse_stopped(hierarchy, tree)
     ancestor = os.path.commonpath([*places.values()])
     while _kind(ancestor) == "threaded":
         ancestor = os.path.dirname(ancestor)
@@ -206,6 +202,16 @@ def _kind(place: str) -> str:
     return procs.read(f"{place}/cgroup.type").strip()
 
 
+def _refuse_stopped(hierarchy: Hierarchy, tree: ProcessTree) -> None:
+    """In the v1 freezer the kernel never lets a tracer attach to a stopped task (Linux 6.18)."""
+    for task in tree.live:
+        if hierarchy.version == 1 and task.state == "T":
+            raise Unsupported(
+                f"task {title(task)} of tree {tree.pid} is stopped, and stopped tasks in the v1 "
+                f"freezer cannot be dumped: continue it (signal CONT), or use the v2 freezer"
+            )
+
+
 def _refuse_threaded(tree: ProcessTree, places: dict[int, str], ancestor: str) -> None:
     """A leaf takes whole processes, and there can be none among threaded cgroups; cgroups(7)."""
     for task in tree.live:
@@ -233,13 +239,45 @@ class _Attempt:
         self, hierarchy: Hierarchy, tree: ProcessTree, plan: Frozen, record: Record
     ) -> None:
         self.frozen = plan
-        self.is_waiting = False
+        self._is_resting = False
+        self._is_starting = False
+        self._plan = plan
         self._hierarchy = hierarchy
         self._tree = tree
         self._record = record
         self._kept: set[str] = set()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is up to a task of the tree that there is no end to this yet."""
+        return self._is_resting or self._is_starting
+
+    def unrest(self) -> dict[int, str]:
+        """Return the threads that keep us waiting, with their states."""
+        found = _starting(self._tree) if self._is_starting else {}
+        return found or (_unrest(self.frozen, self._tree) if self._is_resting else {})
+
     async def run(self) -> None:
+        """Freeze, and again while a task is between vfork(2) and exec: CRIU cannot stop that."""
+        pause_s = 0.001
+        await self._freeze_once()
+        while await self._starts_programs():
+            await _thaw(self.frozen)
+            self.frozen = self._plan
+            self._kept.clear()
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.05)
+            await self._freeze_once()
+
+    async def _starts_programs(self) -> bool:
+        while True:
+            found = await trio.to_thread.run_sync(_starting, self._look())
+            if found is not None:
+                self._is_starting = bool(found)
+                return self._is_starting
+            await trio.sleep(0.0005)
+
+    async def _freeze_once(self) -> None:
         if not self.frozen.leaf:
             await self._freeze_whole()
             return
@@ -260,9 +298,9 @@ class _Attempt:
         return procs.look(self._tree.pid, self._tree.id.start)
 
     async def _come_to_rest(self) -> None:
-        self.is_waiting = True
+        self._is_resting = True
         await _rest(self.frozen)
-        self.is_waiting = False
+        self._is_resting = False
 
     async def _gather(self) -> bool:
         """Put into the leaf what is not in it yet; tell whether there was any.
@@ -326,6 +364,25 @@ def _put(leaf: str, pids: Iterable[int], placeholders: Iterable[_Placeholder]) -
         _move(pid, leaf)
 
 
+# What proc_pid_wchan(5) says of a task whose vfork(2) has not come to its exec.
+VFORK = ("kernel_clone", "_do_fork", "wait_for_vfork_done")
+
+
+def _starting(tree: ProcessTree) -> dict[int, str] | None:
+    """Return the threads that wait for the exec of a child, with their states.
+
+    None when a thread runs: one that was preempted on its way into that wait counts as frozen.
+    """
+    tasks = [facts.task(tid) for task in tree.live for tid in facts.threads(task.pid)]
+    if any(task is not None and task.state == "R" for task in tasks):
+        return None
+    return {
+        task.pid: task.state
+        for task in tasks
+        if task is not None and procs.read(f"/proc/{task.pid}/wchan") in VFORK
+    }
+
+
 async def _rest(frozen: Frozen) -> None:
     pause_s = 0.0002
     while not procs.is_at_rest(frozen.cgroup, frozen.version):
@@ -370,6 +427,8 @@ _CALLS |= {"16": "ioctl", "19": "readv", "20": "writev", "74": "fsync", "75": "f
 
 def _what_it_does(tid: int) -> str:
     where = procs.read(f"/proc/{tid}/wchan").strip("0\n") or "the kernel"
+    if where in VFORK:
+        return "vfork, for a program that it started to come up"
     words = procs.read(f"/proc/{tid}/syscall").split()
     if len(words) < 2 or words[0] not in _CALLS or os.uname().machine != "x86_64":
         return where
@@ -378,6 +437,15 @@ def _what_it_does(tid: int) -> str:
 
 
 # -- thawing
+
+
+async def _thaw(frozen: Frozen) -> None:
+    if frozen.leaf:
+        await _empty(frozen)
+    else:
+        _release(frozen)
+    for placeholder in frozen.placeholders:
+        await _end_placeholder(placeholder)
 
 
 async def _empty(leaf: Frozen) -> None:

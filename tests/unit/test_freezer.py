@@ -182,7 +182,10 @@ async def test_tasks_of_several_cgroups_share_a_leaf_and_go_back_each_to_its_own
     assert procs.members(one) == {placeholder.pid}, "an emptied cgroup is kept alive"
     assert kept.frozen[0].placeholders == frozen.placeholders, "recorded before it mattered"
     until(lambda: facts.task(placeholder.pid).comm == b"sleep", "settled")
-    assert [fd for fd, _ in facts.descriptors(placeholder.pid)] == [0, 1, 2]
+    until(
+        lambda: [fd for fd, _ in facts.descriptors(placeholder.pid)] == [0, 1, 2],
+        "no descriptors of ours",
+    )
     assert facts.task(placeholder.pid).sid == placeholder.pid
     await freezer.thaw(frozen)
     assert where(freezer, root, son) == [one, two]
@@ -423,6 +426,67 @@ async def test_a_task_that_does_not_come_to_rest_is_named(play, freezer, make, d
     assert where(freezer, root, son) == [place] * 2
     assert not os.path.exists(f"{place}/krg-{play.mark}")
     assert runs(file)
+
+
+@pytest.fixture
+def starting(play, tmp_path):
+    """A process whose vfork(2) waits for a child that does not come to its exec."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (root,) = play.run(f"""
+say(os.getpid())
+actions = [(os.POSIX_SPAWN_OPEN, 0, {str(fifo)!r}, os.O_RDONLY, 0)]
+os.posix_spawn("/bin/sleep", ["sleep", "1000"], dict(os.environ), file_actions=actions)
+rest()
+""")
+    until(lambda: facts.children(root), "vfork")
+    return root, fifo
+
+
+async def test_a_program_that_is_just_starting_is_waited_for(play, freezer, starting):
+    root, fifo = starting
+    frozen: list[Frozen] = []
+
+    async def freeze() -> None:
+        frozen.append(await freezer.freeze(procs.look(root), play.mark, Kept()))
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(freeze)
+            await trio.sleep(0.05)
+            assert not frozen
+            writer = os.open(fifo, os.O_RDWR)  # does not wait for the reader, which may be frozen
+    os.close(writer)
+    assert [task.comm for task in procs.look(root).live][1:] == [b"sleep"]
+    assert procs.fate(procs.look(root)) is Fate.FROZEN
+    await freezer.thaw(frozen[0])
+
+
+async def test_a_program_that_never_starts_is_named(play, freezer, starting):
+    root, _ = starting
+    with (
+        pytest.raises(TryAgain, match=rf"task {root} .*vfork, for a program"),
+        trio.move_on_after(0.2),
+    ):
+        await freezer.freeze(procs.look(root), play.mark, Kept())
+    assert where(freezer, root) == [freezer.hierarchy.mount]
+    assert not os.path.exists(f"{freezer.hierarchy.mount}/krg-{play.mark}")
+
+
+async def test_a_stopped_tree_is_frozen_only_where_it_can_be_dumped_then(play, freezer):
+    (root,) = play.run("say(os.getpid()); rest()")
+    tree = procs.look(root)
+    procs.send(tree, signal.SIGSTOP)
+    until(lambda: procs.fate(tree) is Fate.STOPPED, "stopped")
+    tree = procs.look(root)
+    if freezer.hierarchy.version == 1:
+        with pytest.raises(Unsupported, match=r"is stopped, .*signal CONT"):
+            await freezer.freeze(tree, play.mark, Kept())
+    else:
+        frozen = await freezer.freeze(tree, play.mark, Kept())
+        assert procs.fate(tree) is Fate.FROZEN
+        await freezer.thaw(frozen)
+    assert procs.fate(tree) is Fate.STOPPED
 
 
 async def test_a_cancelled_record_is_no_matter_of_rest(play, freezer):

@@ -91,10 +91,9 @@ class Playground:
         return process
 
     def close(self) -> None:
-        wanted = f"PLAYGROUND={self.mark}".encode()
         for pid in facts.pids():
             with contextlib.suppress(OSError):
-                if wanted in Path(f"/proc/{pid}/environ").read_bytes():
+                if self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
                     os.kill(pid, signal.SIGKILL)
         for process in self._started:
             process.kill()  # also without a first thread, when it has no environment to show
@@ -511,6 +510,7 @@ def test_a_cgroup_where_others_were_first_says_nothing(play, hierarchy):
     play.run(f"open('{place}/cgroup.procs', 'w').write(str(os.getpid())); say(1); rest()")
     time.sleep(2 / facts.CLOCK_TICKS)
     root, left = play.run(f"PLACE = {place!r}\n" + DAEMON)
+    until(lambda: facts.task(left).sid == left, "a daemon")
     assert left in procs.members(place)
     assert names(procs.look(root)) == {}
 
@@ -560,5 +560,7 @@ def test_placeholders_are_nobodys_orphans(play, hierarchy):
     )
     play._started.append(held)
     Path(place, "cgroup.procs").write_text(str(held.pid))
+    until(lambda: facts.task(held.pid).comm == b"sleep", "the placeholder is there")
+    until(lambda: facts.task(left).sid == left, "a daemon")
     assert held.pid in procs.members(place)
     assert set(names(procs.look(root))) == {left}
