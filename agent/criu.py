@@ -6,6 +6,7 @@ criu_run (a dumper at work is never ended), criu_images (its files), criu_words 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -331,19 +332,19 @@ def _output(manifest: Manifest, owner: Owner, fallback: Path) -> tuple[str, Owne
     except KeyError:
         home = ""
     for place in (manifest.cwd, home):
-        if place.startswith("/") and _may_write(owner, place, name):
+        if place.startswith("/") and _can_append(owner, os.path.join(place, name)):
             return os.path.join(place, name), owner
     return str(fallback / name), Owner(os.geteuid(), os.getegid())
 
 
-MAY_WRITE = '[ -w "$1" ] || { [ ! -e "$1" ] && [ ! -L "$1" ] && [ -d "$2" ] && [ -w "$2" ]; }'
+def _can_append(owner: Owner, path: str) -> bool:
+    """Tell whether a user can append to a file, by doing so: it exists afterwards.
 
-
-def _may_write(owner: Owner, place: str, name: str) -> bool:
-    """Tell whether a user may append to a file, which need not exist, by asking as that user."""
+    As that user and without blocking, so that neither a link nor a FIFO of that name fools us.
+    """
     user = (f"--uid={owner.uid}", f"--gid={owner.gid}", "--drop-caps")
-    test = ("/bin/sh", "-c", MAY_WRITE, "sh", os.path.join(place, name), place)
-    done = subprocess.run([keepers.binary(), "as", *user, "--", *test], capture_output=True)
+    append = ("dd", "if=/dev/null", f"of={path}", "oflag=append,nonblock", "conv=notrunc")
+    done = subprocess.run([keepers.binary(), "as", *user, "--", *append], capture_output=True)
     return done.returncode == 0
 
 
@@ -390,6 +391,10 @@ def _log(directory: Path) -> str:
     return "".join(_read(directory / name) for name in names)
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)
+
+
 async def kept_words(directory: str | Path, path: str) -> str:
     """Take what CRIU said in a dump or restore out of its directories, and keep it at `path`.
 
@@ -400,9 +405,9 @@ async def kept_words(directory: str | Path, path: str) -> str:
         work = work_dir(directory)
         log = _log(work if work.exists() else Path(directory))
         text = "\n".join((*criu_words.lines_that_matter(log), ""))[:SAID_BYTES]
-        if text:
-            with open(path, "wb", opener=partial(os.open, mode=0o600)) as file:
-                file.write(zstandard.compress(text.encode(errors="replace")))
+        # a full disk is a reason why these words are asked for, and shall not hide them
+        with contextlib.suppress(OSError), open(path, "wb", opener=_private) as file:
+            file.write(zstandard.compress(text.encode(errors="replace")))
         shutil.rmtree(work, ignore_errors=True)
         return text
 

@@ -251,7 +251,7 @@ def _has_capability(number: int) -> bool:
     return bool(int(facts.status(os.getpid()).get(b"CapEff", b"0"), 16) >> number & 1)
 
 
-SHARED_NAMESPACES = ("net", "ipc", "uts", "user", "cgroup")
+NAMESPACES = ("net", "ipc", "uts", "user", "cgroup", "mnt")
 
 
 def namespaces_to_enter(tree: ProcessTree) -> tuple[str, ...]:
@@ -261,26 +261,25 @@ def namespaces_to_enter(tree: ProcessTree) -> tuple[str, ...]:
     machine's worth: so a tree either shares everything with the agent, or lives under one of our
     keepers, with pids and mounts of its own. Raises Unsupported for any other.
     """
-    us = os.getpid()
-    for kind in SHARED_NAMESPACES:
-        theirs = facts.namespace(tree.pid, kind)
-        if theirs and theirs != facts.namespace(us, kind):
-            raise _of_its_own(tree, kind)
-    if tree.is_in_private_pid_ns:
-        if not _has_keeper(tree):
-            raise _of_its_own(tree, "pid")
+    differ = [kind for kind in NAMESPACES if _differs(tree.pid, kind)]
+    if tree.is_in_private_pid_ns and _has_keeper(tree) and set(differ) <= {"mnt"}:
         return ("--pid", "--mount")
-    if facts.namespace(tree.pid, "mnt") != facts.namespace(us, "mnt"):
-        raise _of_its_own(tree, "mount")
+    if tree.is_in_private_pid_ns:
+        differ.append("pid")
+    if differ:
+        raise Unsupported(
+            f"tree {tree.pid} is in a {differ[0]} namespace of its own (a container, a service "
+            "with private directories, unshare): let the container's own engine checkpoint it, or "
+            "start it without",
+            fate=Fate.RUNNING,
+        )
     return ()
 
 
-def _of_its_own(tree: ProcessTree, kind: str) -> Unsupported:
-    return Unsupported(
-        f"tree {tree.pid} is in a {kind} namespace of its own (a container, a service with private "
-        "directories, unshare): let the container's own engine checkpoint it, or start it without",
-        fate=Fate.RUNNING,
-    )
+def _differs(pid: int, kind: str) -> bool:
+    """A task that has just ended is in none."""
+    theirs = facts.namespace(pid, kind)
+    return bool(theirs) and theirs != facts.namespace(os.getpid(), kind)
 
 
 def _has_keeper(tree: ProcessTree) -> bool:

@@ -34,6 +34,7 @@ SAID = "criu.out"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
 LEFTOVER = "/memfd:CRIUMFD"
 POLL_S = 0.1
+MOMENT_S = 0.2
 
 
 async def run(
@@ -190,15 +191,21 @@ TABLE_NAME_BYTES = 31 - len("inet CRIU-")
 
 
 async def heal(tree: ProcessTree, log: str) -> list[str]:
-    """Put right what a CRIU that was ended half-way left; returns what could not be, in words."""
-    found = RUN_ID.search(log)
-    if found:
-        await unlock_network(found[1])
+    """Put right what a CRIU that was ended half-way left; returns what could not be, in words.
+
+    Takes a moment longer, for the tree to show whether it survives: until its firewall table is
+    gone the tasks run already, and what they send fails with EPERM.
+    """
+    left = []
+    run = RUN_ID.search(log)
+    if run and await unlock_network(run[1]):
+        left.append("what it sent over TCP meanwhile failed")
     for task in tree.live:
         _end_repair(task.pid)
-    marked = [task for task in tree.live if _has_leftover(task.pid)]
-    tasks = ", ".join(str(task.pid) for task in marked)
-    return [f"about 1 MB of CRIU's own is left in the memory of {tasks}"] if marked else []
+    if marked := [str(task.pid) for task in tree.live if _has_leftover(task.pid)]:
+        left.append(f"about 1 MB of CRIU's own is left in the memory of {', '.join(marked)}")
+    await trio.sleep(MOMENT_S)
+    return left
 
 
 async def unlock_network(run_id: str) -> bool:
@@ -240,6 +247,8 @@ def _end_repair(pid: int) -> None:
             with socket.socket(fileno=copy) as found, contextlib.suppress(OSError):
                 if found.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR):
                     found.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF)
+                    # the kernel clears it here; without, its port stays taken when it is closed
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     finally:
         os.close(handle)
 

@@ -8,8 +8,8 @@ everything from there, and none of it needs an agent to run.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
+import itertools
 import os
 import select
 import shutil
@@ -88,7 +88,8 @@ class Plan(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A tree that runs: its root as the node and as its own pid namespace number it."""
+    """A tree that was started: its root as the node and as its own pid namespace number it. The
+    root has a start time of 0 when it has ended already."""
 
     root: ProcessId
     inner_pid: int
@@ -113,8 +114,8 @@ async def launch(binary: str, directory: str, plan: Plan, started: Started) -> L
     it, when nothing runs. Cancelled, the attempt is ended, and so is what came of it.
     """
     os.makedirs(directory, mode=0o700)
-    if plan.note:
-        Path(directory, "note").write_text(plan.note)
+    Path(directory, "note").write_text(plan.note)
+    Path(directory, "cgroups").write_text("".join(f"{path}\n" for path in plan.cgroups))
     with open(os.path.join(directory, "answer"), "w+b") as answer:
         starter = await trio.lowlevel.open_process(
             [binary, "tree", *_words(directory, plan)],
@@ -125,24 +126,25 @@ async def launch(binary: str, directory: str, plan: Plan, started: Started) -> L
             cwd="/",
         )
         try:
-            await started(starter.pid, _start_of(starter.pid))
+            await started(starter.pid, _identified(starter.pid).start)
             await starter.wait()
         except BaseException:
             with trio.CancelScope(shield=True):
                 await _abort(directory, starter)
+            _remove_cgroups(directory)
             raise
         answer.seek(0)
         line = answer.read().decode(errors="replace").strip()
-    return await _outcome(directory, plan, line)
+    if not line.startswith("ok "):
+        _remove_cgroups(directory)
+    return _outcome(plan, line)
 
 
-async def _outcome(directory: str, plan: Plan, line: str) -> Launched:
+def _outcome(plan: Plan, line: str) -> Launched:
     verdict, _, rest = line.partition(" ")
     if verdict == "ok":
-        found = await launched(directory)
-        if found is not None:
-            return found
-        line = "it ended at once"
+        outer, inner, keeper = (int(word) for word in rest.split())
+        return Launched(_identified(outer), inner, _identified(keeper))
     failed = LaunchFailed(
         f"cannot start {os.path.basename(plan.command[0])} under a keeper: {line or 'no answer'}",
         end=_spoken(rest) if verdict == "failed" else "",
@@ -247,29 +249,41 @@ async def ended(directory: str, root: ProcessId) -> str:
     """Wait until the root of a tree has ended; returns `exit N`, `signal NAME` or `unknown`.
 
     Its keeper wrote that down, also while no agent ran. Without a keeper's word the kernel is
-    asked, which knows it from Linux 6.15 on of who was alive when the wait began.
+    asked, which knows it from Linux 6.15 on of who was alive when the wait began. The cgroups that
+    were made for the tree are removed if it has left them.
     """
-    how = "unknown"
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(root.pid)
-        try:
-            if facts.exists(root.pid, root.start):
-                await trio.lowlevel.wait_readable(pidfd)
-                how = await _said_by_keeper(directory)
-                how = how or await _said_by_kernel(pidfd, root)
-        finally:
-            os.close(pidfd)
-    return status(directory).ended or how or "unknown"
+    how = ""
+    with _pidfd(root) as pidfd:
+        if pidfd is not None:
+            await trio.lowlevel.wait_readable(pidfd)
+        how = await _said_by_keeper(directory)
+        if not how and pidfd is not None:
+            how = await _said_by_kernel(pidfd, root)
+    if directory:
+        _remove_cgroups(directory)
+    return how or "unknown"
+
+
+@contextlib.contextmanager
+def _pidfd(process: ProcessId) -> Iterator[int | None]:
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield pidfd if facts.exists(process.pid, process.start) else None
+    finally:
+        os.close(pidfd)
 
 
 async def _said_by_keeper(directory: str) -> str:
-    """Wait for the keeper's word; empty when it died without."""
+    """Wait for the keeper's word; empty when it died without, and where there is none."""
     while True:
-        alive = (keeper := status(directory).keeper) and facts.is_alive(keeper.pid, keeper.start)
-        if word := status(directory).ended:
+        keeper = status(directory).keeper
+        alive = keeper is not None and facts.is_alive(keeper.pid, keeper.start)
+        if (word := status(directory).ended) or not alive:
             return word
-        if not alive:
-            return ""
         await trio.sleep(POLL_S)
 
 
@@ -310,15 +324,15 @@ def find(run_dir: str) -> list[Status]:
 def tidy(run_dir: str, known: Collection[str]) -> list[str]:
     """Remove the directories of keepers that are gone but those in `known`; returns them.
 
-    Their cgroups go with them where they are empty.
+    The cgroups that were made for their trees go with them.
     """
     removed = []
     for found in find(run_dir):
         alive = found.keeper is not None and facts.is_alive(found.keeper.pid, found.keeper.start)
         if not alive and found.directory not in known:
+            _remove_cgroups(found.directory)
             shutil.rmtree(found.directory, ignore_errors=True)
             removed.append(found.directory)
-    sweep_cgroups()
     return removed
 
 
@@ -335,9 +349,10 @@ def _process(numbers: tuple[int, int] | None) -> ProcessId | None:
     return ProcessId(pid=numbers[0], start=numbers[1], boot=facts.BOOT_ID)
 
 
-def _start_of(pid: int) -> int:
+def _identified(pid: int) -> ProcessId:
+    """Return who has a pid; with a start time of 0 when it has ended already."""
     task = facts.task(pid)
-    return task.start if task is not None else 0
+    return ProcessId(pid=pid, start=task.start if task else 0, boot=facts.BOOT_ID)
 
 
 def _spoken(word: str) -> str:
@@ -352,16 +367,25 @@ def _spoken(word: str) -> str:
 
 def own_cgroups(app: str, number: int | str, parent: str = CGROUP_PARENT) -> tuple[str, ...]:
     """Make PARENT/krg-APP-NUMBER in every hierarchy that freezes or that systemd tells services by;
-    returns their cgroup.procs. Where cgroups cannot be made the tree stays in the agent's."""
-    found = []
-    for hierarchy in procs.hierarchies():
-        if hierarchy.groups_processes:
-            name = f"{procs.LEAF_PREFIX}{app}-{number}"
-            place = os.path.join(hierarchy.mount, parent, name)
-            with contextlib.suppress(OSError):
-                os.makedirs(place, exist_ok=True)
-                found.append(os.path.join(place, "cgroup.procs"))
-    return tuple(found)
+    returns their cgroup.procs. Where cgroups cannot be made the tree stays in the agent's.
+
+    None is shared: one that is there (of another agent on this machine) is passed over.
+    """
+    hierarchies = [each for each in procs.hierarchies() if each.groups_processes]
+    for turn in itertools.count(1):
+        name = f"{procs.LEAF_PREFIX}{app}-{number}" + (f"~{turn}" if turn > 1 else "")
+        places = [os.path.join(each.mount, parent, name) for each in hierarchies]
+        if not any(map(os.path.exists, places)):
+            return tuple(f"{place}/cgroup.procs" for place in places if _made(place))
+    raise AssertionError("unreachable")
+
+
+def _made(place: str) -> bool:
+    try:
+        os.makedirs(place)
+    except OSError:
+        return False
+    return True
 
 
 def cgroups_of(pid: int) -> tuple[str, ...]:
@@ -381,19 +405,10 @@ def cgroups_at(path: str) -> tuple[str, ...]:
     return found
 
 
-def sweep_cgroups(parent: str = CGROUP_PARENT) -> list[str]:
-    """Remove our cgroups that no task is in any more; returns their directories."""
-    removed = []
-    for hierarchy in procs.hierarchies():
-        place = os.path.join(hierarchy.mount, parent)
-        names = os.listdir(place) if os.path.isdir(place) else []
-        for name in names:
-            if name.startswith(procs.LEAF_PREFIX):
-                try:
-                    os.rmdir(os.path.join(place, name))
-                except OSError as exc:
-                    if exc.errno not in (errno.EBUSY, errno.ENOENT, errno.ENOTEMPTY):
-                        raise
-                else:
-                    removed.append(os.path.join(place, name))
-    return removed
+def _remove_cgroups(directory: str) -> None:
+    """Remove the cgroups that were made for a tree, unless something of it is still in them."""
+    for path in procs.read(os.path.join(directory, "cgroups")).splitlines():
+        place = os.path.dirname(path)
+        if os.path.basename(place).startswith(procs.LEAF_PREFIX):
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
