@@ -11,7 +11,7 @@ import os
 import stat as stat_modes
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 PF_KTHREAD = 0x00200000
@@ -207,6 +207,16 @@ def is_alive(pid: int, start: int) -> bool:
     """Tell whether that very process exists and has not ended (a zombie has)."""
     found = task(pid)
     return found is not None and found.start == start and not found.is_zombie
+
+
+def descends(pid: int, pids: Collection[int]) -> bool:
+    """Tell whether a process is one of these, or was forked below one that still lives."""
+    while pid not in pids:
+        found = task(pid)
+        if found is None or found.ppid == 0:
+            return False
+        pid = found.ppid
+    return True
 
 
 def exists(pid: int, start: int) -> bool:

@@ -78,7 +78,7 @@ class Mount(pyfuse3.Operations):
         self._listings: dict[int, tuple[list[tuple[str, Place]], Caller]] = {}
         self._next_listing = 0
         self._processes: dict[int, pyfuse3.EntryAttributes] = {}
-        self._pinned: dict[int, list[Place]] = {}
+        self._dumps: dict[int, tuple[list[int], list[Place]]] = {}
         self._polls: dict[int, pyfuse3.PollHandle] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -272,6 +272,8 @@ class Mount(pyfuse3.Operations):
         asks_agent = place.row.kind in (Kind.VERB, Kind.DATA)
         caller = self._caller(ctx) if asks_agent else self._reader(ctx)
         number = self.handles.open(inode, place, caller, flags)
+        if place.row.kind is Kind.VERB:
+            self._pin_for_dumps(inode, place, caller.pid)
         return pyfuse3.FileInfo(fh=number, direct_io=True, keep_cache=False)
 
     @guarded
@@ -590,13 +592,21 @@ class Mount(pyfuse3.Operations):
     async def _release(self, ticket: int, pids: list[int]) -> None:
         await self.blocked.release(ticket, pids)
         await self.handles.settled(pids)
-        self._pinned[ticket] = [handle.place for handle in self.handles.of(pids)]
+        self._dumps[ticket] = pids, []
         for handle in self.handles.of(pids):
-            self.inodes.pin(handle.place, handle.inode)
+            self._pin_for_dumps(handle.inode, handle.place, handle.caller.pid)
+
+    def _pin_for_dumps(self, inode: int, place: Place, pid: int) -> None:
+        """A task of a tree that is about to be dumped has this open; it may run on until then."""
+        for pids, places in self._dumps.values():
+            if facts.descends(pid, pids):
+                self.inodes.pin(place, inode)
+                places.append(place)
 
     def _resume(self, ticket: int) -> None:
         self.blocked.resume(ticket)
-        for place in self._pinned.pop(ticket, ()):
+        _, places = self._dumps.pop(ticket, ((), ()))
+        for place in places:
             self.inodes.unpin(place)
 
 

@@ -125,11 +125,11 @@ class Handles:
                 await self._closed.wait()
 
     def of(self, pids: list[int]) -> list[Handle]:
-        """Return the open verb files that these processes opened."""
+        """Return the open verb files that these processes or descendants of them opened."""
         return [
             each
             for each in self._open.values()
-            if each.place.row.kind is Kind.VERB and each.caller.pid in pids
+            if each.place.row.kind is Kind.VERB and facts.descends(each.caller.pid, pids)
         ]
 
     # -- reading
