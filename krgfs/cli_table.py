@@ -123,7 +123,7 @@ def bar(title: str, status: Mapping[str, str], columns: int) -> str:
     """Return one line about a running job: phase, how much, rate, and the time that is left."""
     done, total = _number(status, "bytes_done"), _number(status, "bytes_total")
     phase = status.get("phase", "queued")
-    if not total:
+    if not done or not total:  # nothing is moved yet, or it cannot be told how much
         right = f"{phase} {duration(_number(status, 'seconds'))}"
         return f"{cut(title, columns - 3 - len(right))}: {right}"
     share = min(1.0, done / total)
