@@ -87,16 +87,19 @@ class Desk:
             return wire.Accepted(id=request.id, job=job.id)
         tree = procs.look(_number(request.object), request.start)
         procs.may(caller, tree)
-        job = self._joined(request) or await self._on_tree(request, command, tree)
-        return wire.Accepted(id=request.id, job=job.id, member=job.member)
+        job = await self._joined(request) or await self._on_tree(request, command, tree)
+        is_member = procs.is_member(tree, caller.pid)
+        return wire.Accepted(id=request.id, job=job.id, member=is_member)
 
-    def _joined(self, request: wire.Submit) -> Running | None:
-        return self._parts.jobs.joinable(request.caller, request.verb, request.object, request.text)
+    async def _joined(self, request: wire.Submit) -> Running | None:
+        return await self._parts.jobs.joined(
+            request.caller, request.verb, request.object, request.text
+        )
 
     async def _restart(self, request: wire.Submit, command: Restart) -> Running:
         app, image = names.resolve(self._state, command.image)
         _may_use(request.caller, app, image)
-        if joined := self._joined(request):
+        if joined := await self._joined(request):
             return joined
         holds: frozenset[int | str] = frozenset({f"app {app.name}", f"image {image.ref}"})
         return await self._parts.jobs.start(
@@ -112,7 +115,7 @@ class Desk:
     async def _on_tree(self, request: wire.Submit, command: Command, tree: ProcessTree) -> Running:
         holds: frozenset[int | str] = frozenset(tree.pids)
         operation: Callable[[Running], Awaitable[str]]
-        beside: Callable[[int], list[Tree]] = lambda number: []
+        beside: Callable[[int], list[Tree]] = _nothing
         match command:
             case Checkpoint():
                 # whoever is answered at once may read next: there has to be a line to read
@@ -304,6 +307,10 @@ class Desk:
         if label in app.labels:
             raise Exists(f"{app.name} has a label {label} already; rm it first")
         await self._state.commit(replace(app, labels={**app.labels, label: int(match[1])}))
+
+
+def _nothing(number: int) -> list[Tree]:
+    return []
 
 
 def unclaimed(trees: dict[int, Tree], claimed: set[int]) -> list[Tree]:

@@ -41,8 +41,8 @@ class Running:
         self.said = ""
         self.scope = trio.CancelScope()
         self.cancelled_by = ""
+        self.accepted = trio.Event()
         self.over = trio.Event()
-        self.answered = trio.Event()
         self._state = state
         self._shown = 0.0
         self._wanted_until: float | None = None
@@ -108,6 +108,15 @@ class Jobs:
     def get(self, number: int) -> Running | None:
         return self._running.get(number)
 
+    async def joined(self, caller: Caller, verb: str, object: str, words: str) -> Running | None:
+        """Return the job that the same line has joined, once it is written down and the mounts
+        know of it; None when there is none to join."""
+        while job := self.joinable(caller, verb, object, words):
+            await job.accepted.wait()
+            if job.id in self._state.jobs:
+                return job
+        return None
+
     def joinable(self, caller: Caller, verb: str, object: str, words: str) -> Running | None:
         """Return the running job that the same line may join, None when it starts a new one."""
         for job in self:
@@ -165,6 +174,8 @@ class Jobs:
             del self._running[job.id]
             del self._state.jobs[job.id]
             raise
+        finally:
+            running.accepted.set()
         self._state.event("job.accepted", job.uid, job=job.id, verb=verb, object=object)
         self._nursery.start_soon(self._life, running, operation)
         return running
@@ -178,6 +189,7 @@ class Jobs:
         """Go on with a job that an earlier agent left under way."""
         running = Running(self._state, job, job.caller or Caller(uid=job.uid, gid=0), holds)
         running.frozen = True
+        running.accepted.set()
         self._running[job.id] = running
         self._nursery.start_soon(self._life, running, operation)
 
