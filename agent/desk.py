@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -36,6 +37,7 @@ class Desk:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._state = parts.state
+        self._closing: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
 
     async def answer(self, request: wire.Request) -> wire.Message:
         """Return the one answer to a request; refusals and failures are answers too."""
@@ -97,6 +99,9 @@ class Desk:
         )
 
     async def _restart(self, request: wire.Submit, command: Restart) -> Running:
+        for name in tuple(self._state.imports.get(command.image.app, ())):
+            # the kernel tells of the last close only after cp has ended
+            await self._close_file(request.caller, command.image.app, name)
         app, image = names.resolve(self._state, command.image)
         _may_use(request.caller, app, image)
         if joined := await self._joined(request):
@@ -266,12 +271,13 @@ class Desk:
 
     async def _close_file(self, caller: Caller, app: str, name: str) -> None:
         """A copy made earlier is complete when all that its manifest names is there and matches."""
-        found = self._state.imports.get(app, {}).get(name)
-        if found is None or name.endswith(".part"):
-            return
-        self._import(caller, app, name)
-        if await self._parts.images.import_complete(app, name) is not None:
-            await self._finish_import(found, name)
+        async with self._closing[app]:
+            found = self._state.imports.get(app, {}).get(name)
+            if found is None or name.endswith(".part"):
+                return
+            self._import(caller, app, name)
+            if await self._parts.images.import_complete(app, name) is not None:
+                await self._finish_import(found, name)
 
     async def _finish_import(self, found: Import, to: str) -> None:
         app = self._state.apps[found.app]
