@@ -353,6 +353,8 @@ class Mount(pyfuse3.Operations):
                 size=attr.st_size,
             )
             await self._relist(place.args[:2], ctx)
+        elif fields.update_size and place.row.kind is Kind.DATA:
+            raise pyfuse3.FUSEError(errno.EPERM)
         changes_owner = fields.update_uid or fields.update_gid or fields.update_mode
         if changes_owner and not place.row.path.startswith("images/APP/VERSION"):
             raise pyfuse3.FUSEError(errno.EPERM)

@@ -571,7 +571,10 @@ def path_of(place: Place) -> str:
 
 
 def is_replaced(sight: Sight, place: Place) -> bool:
-    """Tell whether another process has the pid of a place by now, as after a restart."""
+    """Tell whether the name of a place may mean something else by now: another process has its pid
+    after a restart, or an import was moved to be an image."""
+    if place.row.path.startswith("images/APP/VERSION"):
+        return version_of(sight, place.args[0], place.args[1]) is None
     if "procs/PID" not in place.row.path:
         return False
     pid, start = place.args[-2:]
