@@ -17,7 +17,7 @@ import zstandard
 from msgspec.structs import replace
 
 from krgfs import verbs, wire
-from krgfs.errors import BadWords, Busy, Damaged, Exists, Gone, KrgError, NotYours
+from krgfs.errors import BadWords, Busy, Damaged, Exists, Gone, KrgError, NotYours, Withdrawn
 from krgfs.model import App, Caller, Image, Import, Tree
 from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
 
@@ -82,7 +82,8 @@ class Desk:
         caller = request.caller
         if isinstance(command, Cancel):
             number = _number(request.object)
-            self._parts.jobs.mine(number, caller).cancel(f"uid {caller.uid} wrote to its cancel")
+            job = self._parts.jobs.mine(number, caller)
+            job.cancel(f"uid {caller.uid} wrote to its cancel", Withdrawn)
             return wire.Accepted(id=request.id, job=number, member=True)
         if isinstance(command, Restart):
             job = await self._restart(request, command)

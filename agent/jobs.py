@@ -15,7 +15,14 @@ from typing import Any
 import msgspec
 import trio
 
-from krgfs.errors import Busy, Cancelled, EngineFailed, Gone, KrgError, NotYours
+from krgfs.errors import (
+    Busy,
+    Cancelled,
+    EngineFailed,
+    Gone,
+    KrgError,
+    NotYours,
+)
 from krgfs.model import FOLLOWS, Caller, Job, Phase, Value
 
 from .state import State, log_line
@@ -41,6 +48,7 @@ class Running:
         self.said = ""
         self.scope = trio.CancelScope()
         self.cancelled_by = ""
+        self.cancelled_as: type[Cancelled] = Cancelled
         self.accepted = trio.Event()
         self.over = trio.Event()
         self._state = state
@@ -70,9 +78,10 @@ class Running:
         """Set facts of the job that its status shows."""
         self.job = msgspec.structs.replace(self.job, **fields)
 
-    def cancel(self, why: str) -> None:
+    def cancel(self, why: str, kind: type[Cancelled] = Cancelled) -> None:
         """Have the operation undone, if it has not passed its commit line."""
-        self.cancelled_by = self.cancelled_by or why
+        if not self.cancelled_by:
+            self.cancelled_by, self.cancelled_as = why, kind
         self.scope.cancel()
 
     def is_same(self, verb: str, object: str, words: str) -> bool:
@@ -200,7 +209,8 @@ class Jobs:
             with running.scope:
                 line = await operation(running)
             if not line and running.scope.cancelled_caught:
-                error = Cancelled(f"jobs/{running.id}: cancelled: {running.cancelled_by}")
+                text = f"jobs/{running.id} was cancelled: {running.cancelled_by}"
+                error = running.cancelled_as(text)
         except KrgError as exc:
             error = exc
         except Exception as exc:

@@ -15,7 +15,8 @@
     |-- OverQuota        EDQUOT        the same, by a quota
     |-- Damaged          EBADMSG       the image is not whole, or not what its manifest says
     |-- Fenced           ESTALE        this agent's right to act has passed to another
-    |-- Cancelled        EINTR         a signal or a `cancel` ended the job before its commit line
+    |-- Cancelled        EINTR         a signal ended the job before its commit line
+    |   `-- Withdrawn    ECANCELED     a `cancel` did: not EINTR, at which programs write again
     |-- PartOfIt         EDEADLK       the writer is part of what it asks to freeze
     `-- EngineFailed     EIO           CRIU (or something below it) failed; job/log has its words
 
@@ -163,10 +164,16 @@ class PartOfIt(KrgError):
 
 
 class Cancelled(KrgError):
-    """A signal or `cancel` ended the job before its commit line; the tree runs."""
+    """A signal to its caller ended the job before its commit line; the tree runs."""
 
     errno = errno.EINTR
     exit_code = 130
+
+
+class Withdrawn(Cancelled):
+    """Somebody wrote to the job's `cancel`; the tree runs."""
+
+    errno = errno.ECANCELED
 
 
 ALL: tuple[type[KrgError], ...] = (
@@ -187,6 +194,7 @@ ALL: tuple[type[KrgError], ...] = (
     Fenced,
     PartOfIt,
     Cancelled,
+    Withdrawn,
 )
 _BY_ERRNO = {cls.errno: cls for cls in ALL}
 
@@ -198,4 +206,8 @@ def from_errno(number: int, message: str, fate: Fate | None = None) -> KrgError:
 
 def name_of(number: int) -> str:
     """Return the symbolic name of an errno, as the read-back of a verb file shows it."""
-    return errno.errorcode.get(number, str(number))
+    return _NAMES.get(number) or errno.errorcode.get(number, str(number))
+
+
+# Where Linux has two names for a number, the one that the manual pages use.
+_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EDEADLK: "EDEADLK", errno.EAGAIN: "EAGAIN"}
