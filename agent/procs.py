@@ -247,6 +247,15 @@ def kill(tree: ProcessTree) -> None:
     send(tree, signals.SIGKILL)
 
 
+def told(word: str) -> list[ProcessId]:
+    """Return the processes that have `word` among their arguments."""
+    return [
+        process_id(task)
+        for task in facts.processes()
+        if word in read(f"/proc/{task.pid}/cmdline").split("\0")
+    ]
+
+
 async def ended(process: ProcessId) -> None:
     """Wait until that very process has ended, be it not reaped yet."""
     with _handle(process) as fd:

@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from agent import procs
+from agent.criu import Engine
 from agent.freezer import Freezer
 from krgfs import facts
 from krgfs.errors import Busy, EngineFailed, Fate, Gone, PartOfIt, TryAgain, Unsupported
@@ -633,10 +634,17 @@ def test_find_takes_what_is_asked_for():
         Freezer.find("v3")
 
 
-async def test_criu_dumps_a_frozen_tree_again_and_again(play, freezer, make):
-    criu = os.environ.get("KRG_CRIU")
-    if not criu:
-        pytest.skip("KRG_CRIU does not name a criu")
+@pytest.fixture
+async def criu(request):
+    try:
+        return (await Engine.find()).path
+    except EngineFailed as exc:
+        if request.config.getoption("--allow-missing"):
+            pytest.skip(exc.message)
+        raise
+
+
+async def test_criu_dumps_a_frozen_tree_again_and_again(play, freezer, criu):
     file = play.directory / "count"
     root, son = play.run(
         COUNT + f"son = child(lambda: count(file={str(file)!r})); say(os.getpid(), son); rest()"

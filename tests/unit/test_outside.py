@@ -183,17 +183,20 @@ rest()
         assert (end.kind, end.fd, end.mode, end.name) == ("tty", 0, "r", "/dev/tty")
 
 
-def test_a_terminal_whose_master_is_in_the_tree_is_none(play):
-    root, shell = play.run("""
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_terminal_whose_master_is_in_the_tree_is_none(play, closes):
+    root, shell = play.run(f"""
 import pty
 shell, master = pty.fork()
 if shell == 0:
+    {"os.closerange(0, 3)" if closes else "pass"}
     rest()
 say(os.getpid(), shell)
 rest()
 """)
     until(lambda: facts.task(shell).tty, "it has a terminal")
     assert ends_of(root) == []
+    until(lambda: (ends_of(shell)[0].fd == -1) is closes, "has closed, or not")
     assert {end.kind for end in ends_of(shell)} == {"tty"}
 
 
@@ -367,17 +370,14 @@ def test_nobody_is_searched_when_nothing_could_lead_out(play, monkeypatch):
 
 
 def test_ends_come_in_order_and_a_gone_process_has_none(play):
-    with piped() as (reader, writer):
+    with piped() as (_, writer), terminal() as (_, slave):
         root, son = play.run(
-            "son = child(); say(os.getpid(), son); rest()", stdin=reader, stdout=writer
+            "son = child(); say(os.getpid(), son); rest()", stdin=slave, stdout=writer
         )
         tree = procs.look(root)
-        assert [(end.pid, end.fd) for end in outside.ends(tree)] == [
-            (root, 0),
-            (root, 1),
-            (son, 0),
-            (son, 1),
-        ]
+        found = [(end.pid, end.fd, end.kind) for end in outside.ends(tree)]
+        order = [(0, "tty"), (1, "pipe")]
+        assert found == [(pid, *each) for pid in (root, son) for each in order]
         procs.kill(tree)
         play._started[0].wait()
         until(lambda: not list(facts.descriptors(son)), "closed")
