@@ -95,22 +95,23 @@ def test_a_copy_with_a_changed_byte_does_not_become_an_image(stage: Stage, tmp_p
     stage.passes(workload)
 
 
+@pytest.mark.parametrize("name", ["counter", "proctree"])
 def test_what_plain_criu_dumped_is_imported_by_mv_and_restarted_by_root_alone(
-    stage: Stage, tmp_path: Path, criu: str
+    stage: Stage, tmp_path: Path, criu: str, name: str
 ) -> None:
-    workload = stage.begin("counter")
+    workload = stage.begin(name)
     bare_dump(criu, workload, tmp_path / "dump", tmp_path / "work")
     tmp_path.chmod(0o755)
     done = stage.site.sh(
-        f"set -e; mkdir $K/images/plain; cp -r {tmp_path}/dump $K/images/plain/v1.part"
+        f"cd $K/images && mkdir plain.{name} && cp -r {tmp_path}/dump plain.{name}/v1.part"
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert stage.refused("restart", "plain")[0] == errno.ESRCH
-    done = stage.site.sh("mv $K/images/plain/v1.part $K/images/plain/v1")
+    assert stage.refused("restart", f"plain.{name}")[0] == errno.ESRCH
+    done = stage.site.sh(f"mv $K/images/plain.{name}/v1.part $K/images/plain.{name}/v1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert as_user(1000, "echo plain > $K/restart", stage.site).returncode != 0
+    assert as_user(1000, f"echo plain.{name} > $K/restart", stage.site).returncode != 0
     assert workload.tasks() == []
-    stage.restart(workload, "plain/v1")
+    stage.restart(workload, f"plain.{name}/v1")
     stage.passes(workload)
 
 

@@ -153,7 +153,7 @@ def _last_job(stage: Stage) -> str:
 @pytest.fixture
 def cgroups() -> Iterator[str]:
     """A cgroup of ours in every hierarchy where one can be made; its path below their roots."""
-    name = f"krg-test-{os.getpid()}"
+    name = f"krgtest-{os.getpid()}"  # `krg-` is what the agent calls its own
     made = []
     for hierarchy in procs.hierarchies():
         if hierarchy.groups_processes:
@@ -275,7 +275,12 @@ def redis(directory: Path) -> Iterator[int]:
     source = f"os.execvp('sh', ['sh', '-c', ': > ready; exec redis-server {options}'])"
     with program(source.replace("''", "\\'\\'"), directory):
         until(lambda: _answers(port), "redis-server answers")
-        yield port
+        try:
+            yield port
+        finally:  # it writes over its environment, by which others are found
+            for pid in _servers(port):
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: not _servers(port), "redis-server is gone")
 
 
 def _answers(port: int) -> bool:
@@ -296,13 +301,16 @@ def ask(stream: socket.socket, line: str) -> str:
 
 
 def _server(port: int) -> int:
-    found = [
+    (found,) = _servers(port)
+    return found
+
+
+def _servers(port: int) -> list[int]:
+    return [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdecimal() and f":{port}".encode() in _title(entry)
+        if entry.name.isdecimal() and f"redis-server 127.0.0.1:{port}".encode() in _title(entry)
     ]
-    assert len(found) == 1, found
-    return found[0]
 
 
 def _title(entry: Path) -> bytes:
