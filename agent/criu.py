@@ -40,7 +40,6 @@ FETCHED = "/usr/local/lib/krgfs/criu/usr/sbin/criu"  # by contrib/fetch-criu
 FEATURES = ("mem_dirty_track", "network_lock_nftables", "pagemap_scan", "timens", "uffd-noncoop")
 SAID_BYTES = 4 << 20
 
-wait_for_end = criu_run.wait_for_end
 unlock_network = criu_run.unlock_network
 
 
@@ -190,6 +189,15 @@ async def dump(
     if code != 0 or not (into / f"core-{tree.inner_root}.img").exists():
         raise await _complaint(tree, work, code)
     return await finish()
+
+
+async def outlived(into: str | Path, tree: ProcessTree | None) -> None:
+    """Wait for a dump that an agent before us left at work; what CRIU did not put right itself,
+    because it was ended half-way, is put right then. It is not known what came of the dump."""
+    await criu_run.out_of(str(into))
+    log = await trio.to_thread.run_sync(_log, work_dir(into))
+    if tree is not None and not criu_run.came_to_end(log):
+        await criu_run.heal(tree, log)
 
 
 def is_ended_by(options: Iterable[Option]) -> bool:

@@ -186,6 +186,7 @@ def _peer(connection: trio.socket.SocketType) -> int:
 # -- what an engine that was ended half-way leaves behind
 
 
+LAST_LINE = re.compile(r"Dumping (finished successfully|FAILED)")
 RUN_ID = re.compile(r"^\([\d.]+\) CRIU run id = ([0-9a-f-]{36})", re.MULTILINE)
 TABLE_NAME_BYTES = 31 - len("inet CRIU-")
 
@@ -257,8 +258,13 @@ def _has_leftover(pid: int) -> bool:
     return LEFTOVER in procs.read(f"/proc/{pid}/maps")
 
 
-async def wait_for_end(pid: int, start: int) -> None:
-    """Wait for a CRIU, and all that it started, that an agent before us left at work."""
-    if facts.exists(pid, start):
-        for task in facts.tree(pid):
-            await procs.ended(procs.process_id(task))
+async def out_of(images: str) -> None:
+    """Wait until no CRIU, which an agent before us left at work, writes into a directory."""
+    while engines := procs.told(images):
+        for engine in engines:
+            await procs.ended(engine)
+
+
+def came_to_end(log: str) -> bool:
+    """Tell whether a CRIU that dumped has ended by itself, and so left nothing behind."""
+    return not log or LAST_LINE.search(log) is not None

@@ -916,7 +916,8 @@ def _recover(
             if name.startswith(".import-"):
                 partial = (app, name.removeprefix(".import-")) not in imports
             else:
-                partial = name.startswith((".spool-", ".trash-")) and name not in spools
+                spool = name.removesuffix(".work")
+                partial = name.startswith((".spool-", ".trash-")) and spool not in spools
             if (app, version) in known:
                 there.add((app, version))
             elif partial or (app, version) in unfinished:

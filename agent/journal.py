@@ -1,12 +1,12 @@
 """What this node has under way that would need undoing, noted before it is done.
 
-An operation notes each fact (a spool, a frozen cgroup, a running CRIU) durably before it makes it
-true, and forgets it after it has undone it. The agent that starts after a crash finds in
-`left_over` what was still true, and sets it right. The journal is always local, whatever the
-cluster's store is.
+An operation notes each fact (a spool, a keeper, a version) durably before it makes it true, and
+forgets it after it has undone it. The agent that starts after a crash finds in `left_over` what was
+still true, and sets it right. The journal is always local, whatever the cluster's store is. How a
+tree is frozen is not in it but in the tree's own record.
 
-A fact may be noted and not have become true: undoing must bear that, and look at start times before
-it touches a pid, and at `Intent.boot` before it believes in any pid or cgroup.
+A fact may be noted and not have become true: undoing must bear that, and look at `Intent.boot`
+before it believes in any process.
 """
 
 from __future__ import annotations
@@ -28,59 +28,15 @@ PREFIX = "intents/"
 
 
 class SpoolOpened(msgspec.Struct, frozen=True, tag=True):
-    """A directory of partial data, to be removed."""
+    """A directory of partial data, to be removed once no CRIU writes into it any more."""
 
     path: str
-
-
-class CgroupFrozen(msgspec.Struct, frozen=True, tag=True):
-    """A cgroup that the job freezes, to be thawed."""
-
-    path: str
-
-
-class CgroupMade(msgspec.Struct, frozen=True, tag=True):
-    """A cgroup of ours, to be removed once it is empty."""
-
-    path: str
-
-
-class TaskMoved(msgspec.Struct, frozen=True, tag=True):
-    """A task taken out of the cgroup `origin` into our leaf, to be moved back."""
-
-    pid: int
-    start: int
-    hierarchy: str
-    origin: str
-    leaf: str
-
-
-class TaskStopped(msgspec.Struct, frozen=True, tag=True):
-    """A task that the job stops (SIGSTOP), to be continued."""
-
-    pid: int
-    start: int
-
-
-class EngineRunning(msgspec.Struct, frozen=True, tag=True):
-    """A CRIU at work; to be waited for, never killed while it dumps."""
-
-    pid: int
-    start: int
 
 
 class KeeperStarted(msgspec.Struct, frozen=True, tag=True):
-    """A keeper for a tree that is not restored yet; `directory` has its socket and status."""
+    """The directory of a keeper whose tree is being restored."""
 
-    pid: int
-    start: int
     directory: str
-
-
-class PidExpected(msgspec.Struct, frozen=True, tag=True):
-    """A pid that the restore under way gives to a task, if it comes so far."""
-
-    pid: int
 
 
 class VersionPending(msgspec.Struct, frozen=True, tag=True):
@@ -91,35 +47,21 @@ class VersionPending(msgspec.Struct, frozen=True, tag=True):
     version: int
 
 
-class CommitLine(msgspec.Struct, frozen=True, tag=True):
-    """The job stands at its commit line: what the record at `key` says now decides whether it is
-    to be undone or finished."""
-
-    key: str
-
-
-Fact = (
-    SpoolOpened
-    | CgroupFrozen
-    | CgroupMade
-    | TaskMoved
-    | TaskStopped
-    | EngineRunning
-    | KeeperStarted
-    | PidExpected
-    | VersionPending
-    | CommitLine
-)
+Fact = SpoolOpened | KeeperStarted | VersionPending
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True):
-    """What one job had under way: the facts in the order in which they were noted."""
+    """What one job had under way: the facts in the order in which they were noted.
+
+    `holds` is what the job kept others from: pids, and apps and images by name.
+    """
 
     format: int = FORMAT
     job: int
     verb: str
     boot: str
     started: float
+    holds: tuple[int | str, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 
@@ -132,16 +74,17 @@ class Journal:
         self._open: set[int] = set()
 
     @asynccontextmanager
-    async def intent(self, job: int, verb: str) -> AsyncIterator[OpenIntent]:
+    async def intent(
+        self, job: int, verb: str, holds: Iterable[int | str] = ()
+    ) -> AsyncIterator[OpenIntent]:
         """Open the intent of a job. Nothing is written before the first note.
 
         Left normally, it is deleted, whatever is noted in it. Left by an exception, it is deleted
         if all facts were forgotten, else kept for `left_over`. Deleting is not cut short by
         cancellation.
         """
-        intent = OpenIntent(
-            self._store, Intent(job=job, verb=verb, boot=self.boot, started=time.time())
-        )
+        begun = Intent(job=job, verb=verb, boot=self.boot, started=time.time(), holds=tuple(holds))
+        intent = OpenIntent(self._store, begun)
         self._open.add(job)
         try:
             yield intent
@@ -180,6 +123,16 @@ class OpenIntent:
     def facts(self) -> tuple[Fact, ...]:
         """What is noted now."""
         return self._intent.facts
+
+    @asynccontextmanager
+    async def noted(self, fact: Fact) -> AsyncIterator[None]:
+        """Enter the block with a fact noted; one that ends in an error has undone it."""
+        await self.note(fact)
+        try:
+            yield
+        except BaseException:
+            await self.forget(fact)
+            raise
 
     async def note(self, *facts: Fact) -> None:
         """Add facts, in one commit; durable on return. What is noted already stays as it is.

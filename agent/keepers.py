@@ -16,7 +16,7 @@ import shutil
 import signal as signals
 import struct
 import subprocess
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,6 @@ from krgfs.model import ProcessId
 from krgfs.verbs import signal_name
 
 from . import procs
-
-Started = Callable[[int, int], Awaitable[None]]
 
 CGROUP_PARENT = "krgfs"
 MODES = ("r", "w", "a")
@@ -106,12 +104,11 @@ def directory(run_dir: str, name: int | str) -> str:
     return os.path.join(run_dir, "keepers", str(name))
 
 
-async def launch(binary: str, directory: str, plan: Plan, started: Started) -> Launched:
+async def launch(binary: str, directory: str, plan: Plan) -> Launched:
     """Start what `plan` says under a keeper of its own, and return when its tree runs.
 
-    `started` is told the pid and start time of the process that waits for that; the keeper itself
-    is in `directory` from its first act on. Raises LaunchFailed, or what `plan.explain` makes of
-    it, when nothing runs. Cancelled, the attempt is ended, and so is what came of it.
+    The keeper is in `directory` from its first act on. Raises LaunchFailed, or what `plan.explain`
+    makes of it, when nothing runs. Cancelled, the attempt is ended, and so is what came of it.
     """
     os.makedirs(directory, mode=0o700)
     Path(directory, "note").write_text(plan.note)
@@ -126,7 +123,6 @@ async def launch(binary: str, directory: str, plan: Plan, started: Started) -> L
             cwd="/",
         )
         try:
-            await started(starter.pid, _identified(starter.pid).start)
             await starter.wait()
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -236,12 +232,13 @@ async def launched(directory: str) -> Launched | None:
     """
     while True:
         found = status(directory)
-        if found.keeper is None:
+        if found.keeper is None and not procs.told(f"--dir={directory}"):
             return None
-        if found.root is not None and not found.ended:
-            return Launched(found.root, found.inner_pid, found.keeper)
-        if found.ended or not facts.is_alive(found.keeper.pid, found.keeper.start):
-            return None
+        if found.keeper is not None:
+            if found.root is not None and not found.ended:
+                return Launched(found.root, found.inner_pid, found.keeper)
+            if found.ended or not facts.is_alive(found.keeper.pid, found.keeper.start):
+                return None
         await trio.sleep(POLL_S)
 
 

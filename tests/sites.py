@@ -47,6 +47,7 @@ class Site:
         self.run = self.base / "run"
         self.node = node
         self.program = [str(BIN / "krg-agent")]
+        self.environment: dict[str, str] = {}
         self._freezer = freezer
         self.agent: subprocess.Popen[bytes] | None = None
         self.mount: subprocess.Popen[bytes] | None = None
@@ -106,6 +107,7 @@ class Site:
                 stderr=out,
                 start_new_session=True,
                 cwd="/",
+                env={**os.environ, **self.environment},
             )
 
     def _is_up(self, process: subprocess.Popen[bytes] | None, ready: bool) -> bool:

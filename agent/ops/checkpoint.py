@@ -26,7 +26,7 @@ from .. import criu, images, names, outside, procs
 from ..criu_options import Option
 from ..images import Manifest, Spool
 from ..jobs import Running
-from ..journal import EngineRunning, OpenIntent, SpoolOpened, VersionPending
+from ..journal import OpenIntent, SpoolOpened, VersionPending
 from ..outside import End
 from ..parts import Parts
 from ..procs import ProcessTree
@@ -41,16 +41,16 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
         app = names.app_for(parts.state, tree, words.name)
         _refuse_orphans(tree, words)
         ends = await trio.to_thread.run_sync(outside.ends, tree)
-        async with parts.engines, parts.journal.intent(job.id, "checkpoint") as intent:
+        async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
             tree = procs.look(tree.id.pid, tree.id.start)
             async with _held(parts, job, tree, words.then, known) as frozen:
                 image = await _make_image(parts, job, tree, words, app, ends, frozen, intent)
-                await _afterwards(parts, job, tree, words.then, frozen)
+                await afterwards(parts, job, tree, words.then, frozen)
     except BaseException as exc:
         if isinstance(exc, KrgError) and exc.fate is None:
             exc.fate = procs.fate(tree)
         with trio.CancelScope(shield=True):
-            await _note_failure(parts, tree, exc)
+            await note_failure(parts, tree, exc)
         raise
     return image.ref
 
@@ -63,7 +63,12 @@ async def _held(
     as it was before."""
     if known.state is TreeState.FROZEN and known.frozen is not None:
         job.frozen = True
-        yield known.frozen
+        try:
+            yield known.frozen
+        except BaseException:
+            with trio.move_on_after(freeze.REST_S, shield=True):
+                await parts.freezer.refreeze(known.frozen)  # a CRIU that was killed had thawed it
+            raise
         return
     if then.kind == "run":
         yield None
@@ -87,9 +92,8 @@ async def _make_image(
     intent: OpenIntent,
 ) -> Image:
     kept: list[Image] = []
-    spool_facts = SpoolOpened(os.path.join(parts.images.root, app.name, f".spool-{job.id}"))
-    await intent.note(spool_facts)
-    async with parts.images.spool(job.id, app.name) as spool:
+    partial = SpoolOpened(os.path.join(parts.images.root, app.name, f".spool-{job.id}"))
+    async with intent.noted(partial), parts.images.spool(job.id, app.name) as spool:
 
         async def keep(report: criu.DumpReport) -> None:
             kept.append(await _keep(parts, job, tree, words, app, ends, spool, report, intent))
@@ -115,7 +119,6 @@ async def _dump(
 ) -> criu.DumpReport:
     async def started(pid: int, start: int) -> None:
         job.frozen = True
-        await intent.note(EngineRunning(pid, start))
 
     job.phase(Phase.DUMPING, bytes_total=tree.rss_bytes)
     try:
@@ -149,8 +152,8 @@ async def _keep(
     )
     # ---- commit: the record makes the image; before it everything is undone
     with trio.CancelScope(shield=True):
-        await intent.note(VersionPending(app.name, version))
-        image = await _commit(parts, job, tree, app, await spool.publish(version))
+        async with intent.noted(VersionPending(app.name, version)):
+            image = await _commit(parts, job, tree, app, await spool.publish(version))
     parts.state.count("krg_freeze_seconds_sum", report.frozen_ms / 1000)
     parts.state.count("krg_freeze_seconds_count")
     return image
@@ -187,7 +190,7 @@ async def _commit(
     return image
 
 
-async def _afterwards(
+async def afterwards(
     parts: Parts, job: Running, tree: ProcessTree, then: Then, frozen: Frozen | None
 ) -> None:
     """Do with the tree what `then` says. The image is committed: nothing of it is undone."""
@@ -296,7 +299,7 @@ def _description(manifest: Manifest) -> str:
     return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
-async def _note_failure(parts: Parts, tree: ProcessTree, exc: BaseException) -> None:
+async def note_failure(parts: Parts, tree: ProcessTree, exc: BaseException) -> None:
     error, line = "cancelled", f"error {name_of(Cancelled.errno)} cancelled"
     if isinstance(exc, KrgError):
         error, line = str(exc), f"error {name_of(exc.errno)} {exc.message}"

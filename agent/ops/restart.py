@@ -17,7 +17,7 @@ from krgfs.verbs import Restart
 from .. import criu, keepers, names, procs
 from ..images import Manifest
 from ..jobs import Running
-from ..journal import EngineRunning, KeeperStarted
+from ..journal import KeeperStarted
 from ..keepers import Launched
 from ..parts import Parts
 
@@ -32,22 +32,19 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
         await _refuse_damaged(parts, image)
         manifest = await parts.images.manifest(image.app, image.version)
         private = await _private(manifest, path, words)
-        async with parts.engines, parts.journal.intent(job.id, "restart") as intent:
+        async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
             directory = keepers.directory(parts.run_dir, job.id)
-
-            async def started(pid: int, start: int) -> None:
-                await intent.note(EngineRunning(pid, start), KeeperStarted(pid, start, directory))
-
             plan = criu.restore_plan(
                 parts.engine, manifest, path, words, job.caller, private, directory
             )
             with trio.CancelScope(shield=True):
-                try:
-                    launched = await keepers.launch(parts.keeper, directory, plan, started)
-                finally:
-                    job.said = await criu.kept_words(directory, parts.job_log(job.id))
-                # ---- commit: the tree runs; from here it is the app's incarnation
-                line = await _commit(parts, job, app, image, launched, directory)
+                async with intent.noted(KeeperStarted(directory)):
+                    try:
+                        launched = await keepers.launch(parts.keeper, directory, plan)
+                    finally:
+                        job.said = await criu.kept_words(directory, parts.job_log(job.id))
+                    # ---- commit: the tree runs; from here it is the app's incarnation
+                    line = await _commit(parts, job, app, image, launched, directory)
     return line
 
 

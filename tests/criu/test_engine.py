@@ -139,7 +139,7 @@ class Rig:
         )
         try:
             with trio.fail_after(LONG_S):
-                launched = await keepers.launch(keepers.binary(), directory, plan, self.started)
+                launched = await keepers.launch(keepers.binary(), directory, plan)
         finally:
             self.said = await criu.kept_words(directory, self.log)
         self.keeper_dir = directory
@@ -806,7 +806,7 @@ async def test_a_program_under_a_keeper(rig: Rig, tmp_path: Path) -> None:
     directory = keepers.directory(str(rig.path), "run")
     out = tmp_path / "out"
     plan = Plan(command=("/bin/sh", "-c", "echo here; exit 3"), out=str(out))
-    launched = await keepers.launch(keepers.binary(), directory, plan, rig.started)
+    launched = await keepers.launch(keepers.binary(), directory, plan)
     with trio.fail_after(LONG_S):
         assert await keepers.ended(directory, launched.root) == "exit 3"
         await procs.ended(launched.keeper)
@@ -818,16 +818,14 @@ async def test_a_program_under_a_keeper(rig: Rig, tmp_path: Path) -> None:
 async def test_a_program_that_is_not_there(rig: Rig) -> None:
     plan = Plan(command=("/no/such/program",))
     with pytest.raises(LaunchFailed, match="No such file"):
-        await keepers.launch(
-            keepers.binary(), keepers.directory(str(rig.path), "run"), plan, rig.started
-        )
+        await keepers.launch(keepers.binary(), keepers.directory(str(rig.path), "run"), plan)
 
 
 async def test_a_launch_that_is_cancelled_leaves_nothing(rig: Rig) -> None:
     directory = keepers.directory(str(rig.path), "run")
     plan = Plan(command=("/bin/sleep", "1000"), pidfile=f"{directory}/pid")
     with trio.move_on_after(0.2) as scope:
-        await keepers.launch(keepers.binary(), directory, plan, rig.started)
+        await keepers.launch(keepers.binary(), directory, plan)
     assert scope.cancelled_caught
     keeper = keepers.status(directory).keeper
     assert keeper is not None and not facts.is_alive(keeper.pid, keeper.start)

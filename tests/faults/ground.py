@@ -1,4 +1,4 @@
-"""Where faults are made: a site, one workload, a caller that waits, and what has to hold afterwards.
+"""Where faults are made: a site, one workload, callers that wait, and what has to hold then.
 
 `Ground.is_sound` is the one function of invariants: every fault test calls it once the agent and
 the mount are up again.
@@ -113,6 +113,10 @@ class Ground:
         tree = self.work.tree()
         self.work.kill()
         self.work.wait_gone(tree)
+
+    def gone(self) -> None:
+        """Return when nothing of the workload runs and its pids are free."""
+        self.work.wait_gone([self.work.pid])
 
     def job(self, number: int) -> dict[str, str]:
         return self.site.facts(f"jobs/{number}/status")

@@ -8,17 +8,10 @@ import trio
 
 from agent.journal import (
     PREFIX,
-    CgroupFrozen,
-    CgroupMade,
-    CommitLine,
-    EngineRunning,
     Intent,
     Journal,
     KeeperStarted,
-    PidExpected,
     SpoolOpened,
-    TaskMoved,
-    TaskStopped,
     VersionPending,
 )
 from agent.store import Conflict, MemoryStore
@@ -26,19 +19,9 @@ from agent.store_sqlite import SqliteStore
 from krgfs.errors import EngineFailed, NoRoom
 
 SPOOL = SpoolOpened("/store/blast/.spool-7")
-FROZEN = CgroupFrozen("/sys/fs/cgroup/krg-7")
-EVERY_FACT = (
-    SPOOL,
-    FROZEN,
-    CgroupMade("/sys/fs/cgroup/krg-7"),
-    TaskMoved(4242, 99, "freezer", "/user/anna", "/user/anna/krg-7"),
-    TaskStopped(4242, 99),
-    EngineRunning(4300, 120),
-    KeeperStarted(4400, 130, "/run/krgfs/keepers/7"),
-    PidExpected(4242),
-    VersionPending("blast", 3),
-    CommitLine("images/blast/v3"),
-)
+KEEPER = KeeperStarted("/run/krgfs/keepers/7")
+HOLDS = (4242, "app blast")
+EVERY_FACT = (SPOOL, KEEPER, VersionPending("blast", 3))
 
 
 class Full:
@@ -78,7 +61,7 @@ def restarted(journal):
 
 async def test_every_kind_of_fact_is_on_disk_as_it_was_noted(tmp_path):
     store = await SqliteStore.open(tmp_path / "journal.db")
-    async with Journal(store, "boot-1").intent(7, "checkpoint") as intent:
+    async with Journal(store, "boot-1").intent(7, "checkpoint", HOLDS) as intent:
         await intent.note(*EVERY_FACT)
         other = await SqliteStore.open(tmp_path / "journal.db")
         (found,) = await Journal(other, "boot-2").left_over()
@@ -86,23 +69,24 @@ async def test_every_kind_of_fact_is_on_disk_as_it_was_noted(tmp_path):
     await store.aclose()
     assert (found.job, found.verb, found.boot) == (7, "checkpoint", "boot-1")
     assert found.facts == EVERY_FACT
+    assert found.holds == HOLDS
 
 
 async def test_several_facts_are_one_commit(journal, store):
     async with journal.intent(7, "checkpoint") as intent:
         assert store.commits == 0
-        await intent.note(SPOOL, FROZEN)
+        await intent.note(SPOOL, KEEPER)
         assert store.commits == 1
         await intent.note(SPOOL)
         assert store.commits == 1, "it was noted already"
-        assert intent.facts == (SPOOL, FROZEN)
+        assert intent.facts == (SPOOL, KEEPER)
     assert store.commits == 2
 
 
 async def test_a_normal_leave_deletes_whatever_is_noted(journal):
     async with journal.intent(7, "checkpoint") as intent:
-        await intent.note(SPOOL, FROZEN)
-        assert (await restarted(journal).left_over())[0].facts == (SPOOL, FROZEN)
+        await intent.note(SPOOL, KEEPER)
+        assert (await restarted(journal).left_over())[0].facts == (SPOOL, KEEPER)
     assert await restarted(journal).left_over() == []
 
 
@@ -115,19 +99,27 @@ async def test_an_intent_in_which_nothing_is_noted_writes_nothing(journal, store
 async def test_what_was_not_forgotten_stays_after_an_exception(journal):
     with pytest.raises(RuntimeError, match="criu"):
         async with journal.intent(7, "checkpoint") as intent:
-            await intent.note(SPOOL, FROZEN)
+            await intent.note(SPOOL, KEEPER)
             await intent.forget(SPOOL)
             raise RuntimeError("criu")
     (found,) = await journal.left_over()
-    assert found.facts == (FROZEN,)
+    assert found.facts == (KEEPER,)
 
 
 async def test_nothing_stays_after_an_exception_when_all_is_undone(journal):
     with pytest.raises(RuntimeError):
         async with journal.intent(7, "checkpoint") as intent:
-            await intent.note(SPOOL, FROZEN)
-            await intent.forget(FROZEN)
-            await intent.forget(SPOOL, SPOOL, CgroupMade("never noted"))
+            await intent.note(SPOOL, KEEPER)
+            await intent.forget(KEEPER)
+            await intent.forget(SPOOL, SPOOL, SpoolOpened("never noted"))
+            raise RuntimeError("criu")
+    assert await restarted(journal).left_over() == []
+
+
+async def test_a_block_that_ends_in_an_error_has_undone_its_fact(journal):
+    with pytest.raises(RuntimeError):
+        async with journal.intent(7, "checkpoint") as intent, intent.noted(SPOOL):
+            assert (await restarted(journal).left_over())[0].facts == (SPOOL,)
             raise RuntimeError("criu")
     assert await restarted(journal).left_over() == []
 
@@ -135,10 +127,10 @@ async def test_nothing_stays_after_an_exception_when_all_is_undone(journal):
 async def test_forgetting_and_leaving_work_in_a_cancelled_scope(journal):
     with trio.CancelScope() as scope:
         async with journal.intent(7, "checkpoint") as intent:
-            await intent.note(SPOOL, FROZEN)
+            await intent.note(SPOOL, KEEPER)
             scope.cancel()
             await intent.forget(SPOOL)
-            assert (await shielded(restarted(journal).left_over))[0].facts == (FROZEN,)
+            assert (await shielded(restarted(journal).left_over))[0].facts == (KEEPER,)
     assert await shielded(restarted(journal).left_over) == []
 
 
@@ -158,7 +150,7 @@ async def test_a_note_in_a_cancelled_scope_is_not_taken(journal):
 
 async def test_intents_that_are_open_are_not_left_over(journal):
     async with journal.intent(7, "checkpoint") as one, journal.intent(10, "freeze") as other:
-        await other.note(FROZEN)
+        await other.note(KEEPER)
         await one.note(SPOOL)
         assert await journal.left_over() == []
         assert [intent.job for intent in await restarted(journal).left_over()] == [7, 10]
@@ -182,7 +174,7 @@ async def test_a_job_number_is_not_used_twice(journal):
             raise RuntimeError
     with pytest.raises(Conflict):
         async with restarted(journal).intent(7, "checkpoint") as intent:
-            await intent.note(FROZEN)
+            await intent.note(KEEPER)
     assert (await journal.left_over())[0].facts == (SPOOL,)
 
 
@@ -193,8 +185,8 @@ async def test_a_note_that_fails_does_not_count(journal, store):
             await intent.note(SPOOL)
         assert intent.facts == ()
         store.full = False
-        await intent.note(FROZEN)
-        assert (await restarted(journal).left_over())[0].facts == (FROZEN,)
+        await intent.note(KEEPER)
+        assert (await restarted(journal).left_over())[0].facts == (KEEPER,)
     assert await restarted(journal).left_over() == []
 
 
@@ -222,20 +214,20 @@ async def test_the_same_when_the_failure_ends_the_job(journal, store):
 async def test_tasks_of_one_job_note_and_forget_at_the_same_time(journal):
     async with journal.intent(7, "freeze") as intent:
 
-        async def come_and_go(pid):
-            await intent.note(TaskStopped(pid, 1), PidExpected(pid))
-            await intent.forget(TaskStopped(pid, 1))
+        async def come_and_go(number):
+            await intent.note(SpoolOpened(f"{number}"), VersionPending("blast", number))
+            await intent.forget(SpoolOpened(f"{number}"))
 
         async with trio.open_nursery() as nursery:
-            for pid in range(20):
-                nursery.start_soon(come_and_go, pid)
+            for number in range(20):
+                nursery.start_soon(come_and_go, number)
         (found,) = await restarted(journal).left_over()
-        assert sorted(fact.pid for fact in found.facts) == list(range(20))
-        assert all(isinstance(fact, PidExpected) for fact in found.facts)
+        assert sorted(fact.version for fact in found.facts) == list(range(20))
+        assert all(isinstance(fact, VersionPending) for fact in found.facts)
 
 
 async def test_a_path_that_is_no_utf8_comes_back_as_it_was(journal):
-    odd = CgroupFrozen(b"/sys/fs/cgroup/\xff\xe9".decode(errors="surrogateescape"))
+    odd = SpoolOpened(b"/store/\xff\xe9".decode(errors="surrogateescape"))
     async with journal.intent(7, "freeze") as intent:
         await intent.note(odd)
         (found,) = await restarted(journal).left_over()
