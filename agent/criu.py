@@ -23,11 +23,11 @@ import zstandard
 
 from krgfs import facts
 from krgfs.errors import EngineFailed, Fate, Gone, KrgError
-from krgfs.facts import Task
+from krgfs.facts import Ids, Task
 from krgfs.model import Caller, Frozen
 from krgfs.verbs import Checkpoint, ImageRef, Restart, image_ref, signal_name
 
-from . import criu_images, criu_options, criu_run, criu_words, keepers, procs
+from . import criu_images, criu_options, criu_run, criu_words, keepers, outside, procs
 from .criu_options import Option, Substitute
 from .criu_run import LastWord, Started
 from .images import Manifest
@@ -54,15 +54,15 @@ class Engine(NamedTuple):
     features: tuple[str, ...] = ()
 
     @classmethod
-    async def find(cls, path: str | None = None) -> Engine:
+    async def find(cls, path: str | None = None, fetched: str = FETCHED) -> Engine:
         """Return the CRIU at `path`, else the one that KRG_CRIU names, else the one on PATH if it
-        is recent enough, else the one that contrib/fetch-criu fetched.
+        is recent enough, else the one that contrib/fetch-criu put at `fetched`.
 
         Raises EngineFailed that says what was found instead and what to do.
         """
         named = path or os.environ.get("KRG_CRIU")
         found = []
-        for candidate in (named,) if named else (shutil.which("criu"), FETCHED):
+        for candidate in (named,) if named else (shutil.which("criu"), fetched):
             version = await _version(candidate) if candidate else None
             if candidate and version and _is_recent(version):
                 return cls(candidate, version, await _features(candidate))
@@ -136,8 +136,24 @@ def dump_options(
     ends: Sequence[End],
     frozen: Frozen | None,
 ) -> list[Option]:
-    """Return what CRIU is told to dump a tree into a directory; see criu_options."""
-    return criu_options.for_dump(tree, Path(into), work_dir(into), words, ends, frozen)
+    """Return what CRIU is told to dump a tree into a directory; see criu_options.
+
+    Raises Unsupported for a tree that it could not dump as any user.
+    """
+    return criu_options.for_dump(
+        tree,
+        Path(into),
+        work_dir(into),
+        words,
+        ends,
+        frozen,
+        has_tcp=words.tcp != "fail" and bool(outside.tcp_connections(tree)),
+        as_user=_user_to_be(tree),
+    )
+
+
+def _user_to_be(tree: ProcessTree) -> Ids | None:
+    return criu_options.user_to_be(tree, criu_options.may_read_limits())
 
 
 def work_dir(into: str | Path) -> Path:
@@ -214,7 +230,7 @@ def _way_to(tree: ProcessTree) -> list[str]:
     words: list[str] = []
     if namespaces := criu_options.namespaces_to_enter(tree):
         words += ["nsenter", f"--target={tree.pid}", *namespaces, "--"]
-    if (user := criu_options.user_to_be(tree)) is not None:
+    if (user := _user_to_be(tree)) is not None:
         words += [keepers.binary(), "as", f"--uid={user.uid}", f"--gid={user.gid}"]
         if user.groups:
             words.append("--groups=" + ",".join(map(str, user.groups)))
@@ -311,13 +327,14 @@ def _inherit(each: Substitute, out: str) -> Inherit:
 
 
 def _cgroups(words: Restart, manifest: Manifest, caller: Caller, name: str) -> tuple[str, ...]:
+    hierarchies = procs.hierarchies()
     match words.cgroup:
         case "own":
-            return keepers.own_cgroups(manifest.app, name)
+            return keepers.own_cgroups(manifest.app, name, hierarchies)
         case "caller":
-            return keepers.cgroups_of(caller.pid)
+            return keepers.cgroups_of(caller.pid, hierarchies)
         case path:
-            return keepers.cgroups_at(path)
+            return keepers.cgroups_at(path, hierarchies)
 
 
 def _owner(manifest: Manifest, root: int) -> Owner:

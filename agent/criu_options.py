@@ -23,7 +23,7 @@ from krgfs.facts import Ids
 from krgfs.model import Frozen
 from krgfs.verbs import Checkpoint
 
-from . import criu_images, outside, procs
+from . import criu_images, procs
 from .outside import End
 from .procs import ProcessTree
 
@@ -64,13 +64,18 @@ def for_dump(
     words: Checkpoint,
     ends: Sequence[End],
     frozen: Frozen | None,
+    *,
+    has_tcp: bool,
+    as_user: Ids | None,
 ) -> list[Option]:
-    """Return the options of the dump of a tree; raises Unsupported where none would do."""
+    """Return the options of the dump of a tree.
+
+    `has_tcp` tells whether it has TCP connections, also such as do not leave it; `as_user` whom
+    CRIU runs as when not as ourselves, see `user_to_be`.
+    """
     kinds = {end.kind for end in ends}
-    has_tcp = _has_connections(tree) if words.tcp != "fail" else False
     keeps, closes = has_tcp and words.tcp == "keep", words.tcp == "close"
     is_ended = ends_with_dump(words, keeps)
-    other_user = user_to_be(tree)
     return _chosen(
         (
             (("--tree", str(tree.inner_root)), True, "the root, as its own pid namespace says"),
@@ -127,7 +132,7 @@ def for_dump(
             ),
             (
                 ("--unprivileged",),
-                other_user is not None,
+                as_user is not None,
                 "without CAP_SYS_RESOURCE only its own user may read the tree's limits",
             ),
         )
@@ -148,10 +153,6 @@ def _unix_rows(ends: Sequence[End]) -> Iterable[Row]:
             True,
             "standard input or output to a process outside: a file takes its place",
         )
-
-
-def _has_connections(tree: ProcessTree) -> bool:
-    return bool(outside.tcp_connections(tree))
 
 
 def ends_with_dump(words: Checkpoint, keeps_tcp: bool) -> bool:
@@ -224,13 +225,19 @@ def substitutes(images: Path, ends: Iterable[object]) -> list[Substitute]:
 # -- as whom, and where
 
 
-def user_to_be(tree: ProcessTree) -> Ids | None:
+def may_read_limits() -> bool:
+    """Tell whether we have CAP_SYS_RESOURCE, which many containers withhold; capabilities(7)."""
+    held = int(facts.status(os.getpid()).get(b"CapEff", b"0"), 16)
+    return bool(held >> CAP_SYS_RESOURCE & 1)
+
+
+def user_to_be(tree: ProcessTree, may_read_limits: bool) -> Ids | None:
     """Return whom CRIU has to run as to dump a tree, None for ourselves.
 
-    prlimit(2) tells the limits of another user's process only to CAP_SYS_RESOURCE, which many
-    containers withhold. Raises Unsupported where no single user will do.
+    prlimit(2) tells the limits of a process only to its own user, or with `may_read_limits`.
+    Raises Unsupported where no single user will do.
     """
-    if _has_capability(CAP_SYS_RESOURCE):
+    if may_read_limits:
         return None
     live = [tree.credentials[task.pid] for task in tree.live if task.pid in tree.credentials]
     users = {(ids.uids[:3], ids.gids[:3]) for ids in live}
@@ -245,10 +252,6 @@ def user_to_be(tree: ProcessTree) -> Ids | None:
             fate=Fate.RUNNING,
         )
     return first
-
-
-def _has_capability(number: int) -> bool:
-    return bool(int(facts.status(os.getpid()).get(b"CapEff", b"0"), 16) >> number & 1)
 
 
 NAMESPACES = ("net", "ipc", "uts", "user", "cgroup", "mnt")

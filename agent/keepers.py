@@ -16,7 +16,7 @@ import shutil
 import signal as signals
 import struct
 import subprocess
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from krgfs.model import ProcessId
 from krgfs.verbs import signal_name
 
 from . import procs
+from .procs import Hierarchy
 
 CGROUP_PARENT = "krgfs"
 MODES = ("r", "w", "a")
@@ -362,16 +363,18 @@ def _spoken(word: str) -> str:
 # -- cgroups for a tree
 
 
-def own_cgroups(app: str, number: int | str, parent: str = CGROUP_PARENT) -> tuple[str, ...]:
+def own_cgroups(
+    app: str, number: int | str, hierarchies: Sequence[Hierarchy], parent: str = CGROUP_PARENT
+) -> tuple[str, ...]:
     """Make PARENT/krg-APP-NUMBER in every hierarchy that freezes or that systemd tells services by;
     returns their cgroup.procs. Where cgroups cannot be made the tree stays in the agent's.
 
     None is shared: one that is there (of another agent on this machine) is passed over.
     """
-    hierarchies = [each for each in procs.hierarchies() if each.groups_processes]
+    mounts = [each.mount for each in hierarchies if each.groups_processes]
     for turn in itertools.count(1):
         name = f"{procs.LEAF_PREFIX}{app}-{number}" + (f"~{turn}" if turn > 1 else "")
-        places = [os.path.join(each.mount, parent, name) for each in hierarchies]
+        places = [os.path.join(mount, parent, name) for mount in mounts]
         if not any(map(os.path.exists, places)):
             return tuple(f"{place}/cgroup.procs" for place in places if _made(place))
     raise AssertionError("unreachable")
@@ -385,17 +388,17 @@ def _made(place: str) -> bool:
     return True
 
 
-def cgroups_of(pid: int) -> tuple[str, ...]:
+def cgroups_of(pid: int, hierarchies: Sequence[Hierarchy]) -> tuple[str, ...]:
     """Return cgroup.procs of every cgroup that a process is in; Gone when it has ended."""
-    places = [hierarchy.directory(pid) for hierarchy in procs.hierarchies()]
+    places = [hierarchy.directory(pid) for hierarchy in hierarchies]
     if facts.task(pid) is None:
         raise Gone(f"process {pid}, whose cgroup the tree is to run in, has ended")
     return tuple(f"{place}/cgroup.procs" for place in places if place is not None)
 
 
-def cgroups_at(path: str) -> tuple[str, ...]:
+def cgroups_at(path: str, hierarchies: Sequence[Hierarchy]) -> tuple[str, ...]:
     """Return cgroup.procs of /PATH in every hierarchy that has it; BadWords when none does."""
-    places = [os.path.join(each.mount, path.lstrip("/")) for each in procs.hierarchies()]
+    places = [os.path.join(each.mount, path.lstrip("/")) for each in hierarchies]
     found = tuple(f"{place}/cgroup.procs" for place in places if os.path.isdir(place))
     if not found:
         raise BadWords(f"cgroup={path}: there is no such cgroup in any hierarchy; mkdir it first")
