@@ -341,20 +341,32 @@ async def test_another_user_s_tree(rig: Rig, start: Callable[..., harness.Worklo
     launched = await rig.restore(manifest, images)
     assert facts.ids(launched.root.pid).uid == USER  # type: ignore[union-attr]
     assert workload.wait_progress()
+    manifest, images, _ = await rig.dump(launched.root.pid)
+    launched = await rig.restore(manifest, images, private=True)
+    await rig.kill(launched.inner_pid)
+    workload.adopt(launched.root.pid)
+    assert workload.wait_progress()
+    manifest, images, _ = await rig.dump(launched.root.pid)
+    await rig.kill(launched.root.pid)
+    launched = await rig.restore(manifest, images)
+    workload.adopt(launched.root.pid)
+    assert facts.ids(launched.root.pid).uid == USER  # type: ignore[union-attr]
     assert workload.finish() == "PASS"
 
 
 # -- ends that are outside
 
 
+@pytest.mark.parametrize("private", [False, True])
 async def test_a_shell_job_writes_on_into_a_file(
-    rig: Rig, start: Callable[..., harness.Workload]
+    private: bool, rig: Rig, start: Callable[..., harness.Workload]
 ) -> None:
     workload = start("ptyjob")
     manifest, images, report = await rig.dump(workload.pid)
     assert ("--shell-job",) in [option.words for option in report.options]
     await rig.kill(workload.pid, workload)
-    await rig.restore(manifest, images)
+    launched = await rig.restore(manifest, images, private)
+    workload.adopt(launched.root.pid)
     assert workload.wait_progress()
     out = Path(manifest.cwd) / "krg-t.out"
     try:
@@ -844,6 +856,17 @@ async def test_own_cgroups_come_and_go(
     await rig.kill(launched.root.pid)
     assert await keepers.ended(rig.keeper_dir, launched.root) == "signal KILL"
     assert not any(os.path.exists(place) for place in own)
+
+
+async def test_the_caller_s_cgroups(
+    rig: Rig, process: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    child = process(SLEEP)
+    manifest, images, _ = await rig.dump(child.pid)
+    await _end(child)
+    launched = await rig.restore(manifest, images, words="caller")
+    for each in procs.hierarchies():
+        assert each.directory(launched.root.pid) == each.directory(os.getpid())
 
 
 async def test_the_kernel_tells_how_a_stranger_ended() -> None:
