@@ -33,6 +33,7 @@ class Stage:
         self.site = site
         site.base.chmod(0o711)  # other users have to get at the mount
         self._begun: list[Workload] = []
+        self._restarted: set[int] = set()
 
     def begin(self, name: str, *words: object) -> Workload:
         """Start a workload in a new directory that any user can reach; returns when it works."""
@@ -84,6 +85,7 @@ class Stage:
         outcome = self.tell("restart", line)
         assert re.match(r"pid [1-9][0-9]*\Z", outcome), outcome
         workload.adopt(int(outcome.split()[1]))
+        self._restarted.add(workload.pid)
         return workload.pid
 
     def end_pid(self, pid: int) -> None:
@@ -109,6 +111,12 @@ class Stage:
         for workload in self._begun:
             workload.close()
             shutil.rmtree(workload.directory, ignore_errors=True)
+        for pid in self._restarted:  # an agent that still runs removes their cgroups
+            until(lambda pid=pid: self._is_over(pid), f"the end of {pid} is noted")
+
+    def _is_over(self, pid: int) -> bool:
+        state = self.site.facts(f"procs/{pid}/status").get("state", "gone")
+        return state.startswith(("exit", "signal", "ended", "gone", "unknown"))
 
 
 @contextmanager
