@@ -30,8 +30,8 @@ from krgfs.verbs import Checkpoint, ImageRef, Restart, image_ref, signal_name
 from . import criu_images, criu_options, criu_run, criu_words, keepers, outside, procs
 from .criu_options import Option, Substitute
 from .criu_run import LastWord, Started
-from .images import Manifest
 from .keepers import Inherit, LaunchFailed, Owner, Plan
+from .manifest import Manifest
 from .outside import End
 from .procs import ProcessTree
 

@@ -1,29 +1,36 @@
-"""CRIU's image files, as far as we look into them: how a dump went, which ids a restore needs.
+"""What CRIU's image files say, as far as we look: how a dump went, who is in it, what it needs.
 
-An image file is two magic numbers and then entries, each its length (4 bytes, little endian) and a
-protobuf message; field numbers are those of CRIU's images/*.proto. The messages are taken apart
-and put together here by their wire format, so that nothing of what we do not know is lost.
+Their form is in criu_format; magic and field numbers are those of CRIU's criu/include/magic.h and
+images/*.proto.
 """
 
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from krgfs.errors import Damaged
 
+from .criu_format import LENGTH, as_bytes, as_int, build, entries, fields_of, parse
+from .manifest import Task
+
 COMMON_MAGIC, SERVICE_MAGIC = 0x54564319, 0x55105940
 STATS_MAGIC, PSTREE_MAGIC, FILES_MAGIC = 0x57093306, 0x50273030, 0x56303138
 PAGEMAP_MAGIC, TTY_INFO_MAGIC, INVENTORY_MAGIC = 0x56084025, 0x59453036, 0x58313116
+CORE_MAGIC = 0x55053847
 PAGE_BYTES = 4096
+SMALL_BYTES = 16 * 1024 * 1024  # more than CRIU writes of a thread, of the tree or of the dump
 MAX_PID = 1 << 22  # CRIU 4.2 leaves session and group of a zombie to chance
-LENGTH = struct.Struct("<I")
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-
+# fields of pstree_entry (pid, ppid, pgid, sid; threads), core_entry, and of what is in that one
+PSTREE_IDS, PSTREE_TIDS = (1, 2, 3, 4), 5
+CORE_ARCH, CORE_TASK, CORE_THREAD = 1, 3, 5
+TASK_STATE, TASK_COMM, THREAD_CREDS, CREDS_UID, CREDS_GID = 1, 6, 10, 1, 2
+DEAD = 2
+ARCHES = dict(
+    enumerate(("x86_64", "arm", "aarch64", "ppc64le", "s390x", "mips", "loongarch64", "riscv64"), 1)
+)
 # fields of inventory_entry, pagemap_entry, tty_info_entry
 INVENTORY_TCP_CLOSE, INVENTORY_RUN_ID = 10, 13
 PAGEMAP_COMPAT_COUNT, PAGEMAP_IN_PARENT, PAGEMAP_FLAGS, PAGEMAP_COUNT = 2, 3, 4, 5
@@ -36,12 +43,6 @@ TIMERFD_TICKS, TIMERFD_VALUE, TIMERFD_INTERVAL = 5, (7, 8), (9, 10)
 PIPE_ID, PIPE_FLAGS = 2, 3
 
 
-class Field(NamedTuple):
-    number: int
-    wire: int
-    value: int | bytes
-
-
 class DumpStats(NamedTuple):
     """What CRIU measured: milliseconds, pages of 4 KiB (shared memory among them)."""
 
@@ -51,6 +52,16 @@ class DumpStats(NamedTuple):
     memwrite_ms: float = 0.0
     pages_scanned: int = 0
     pages_written: int = 0
+
+
+class Listed(NamedTuple):
+    """One process as pstree.img has it; -1 where it does not say."""
+
+    pid: int
+    ppid: int
+    pgrp: int
+    sid: int
+    tids: tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -73,8 +84,8 @@ class Dumped(NamedTuple):
 
 def dump_stats(images: Path) -> DumpStats:
     """Return what CRIU wrote into stats-dump; raises Damaged when it is not there or not whole."""
-    raw = next(_entries(images / "stats-dump", SERVICE_MAGIC, STATS_MAGIC), b"")
-    dump = _numbers(parse(_bytes(_numbers(parse(raw)).get(1, b""))))
+    raw = next(entries(images / "stats-dump", SERVICE_MAGIC, STATS_MAGIC), b"")
+    dump = fields_of(as_bytes(fields_of(raw).get(1, b"")))
     number = {key: value for key, value in dump.items() if isinstance(value, int)}
     return DumpStats(
         freezing_ms=number.get(1, 0) / 1000,
@@ -92,37 +103,95 @@ def shape(images: Path) -> Shape:
     A session or group whose leader has ended is made again by a helper of that pid, so its number
     must be free as well; but what began outside the tree is replaced by what it is restored in.
     """
-    tasks = []
-    for raw in _entries(images / "pstree.img", COMMON_MAGIC, PSTREE_MAGIC):
-        fields = parse(raw)
-        number = _numbers(fields)
-        pid, ppid, pgid, sid = (_int(number.get(each, 0)) for each in (1, 2, 3, 4))
-        tids = [_int(field.value) for field in fields if field.number == 5]
-        tasks.append((pid, ppid, pgid, sid, tids))
-    if not tasks:
-        raise Damaged(f"{images / 'pstree.img'} has no process in it")
-    root, _, root_group, root_session, _ = tasks[0]
-    ids = {each for pid, _, pgid, sid, tids in tasks for each in (pid, pgid, sid, *tids)}
-    if root_session != root:
-        ids.discard(root_session)
-    if root_group != root:
-        ids.discard(root_group)
-    return Shape(root, frozenset(each for each in ids if 0 < each <= MAX_PID), root_session == root)
+    listed = _listed(images)
+    root = listed[0]
+    ids = {number for each in listed for number in (each.pid, each.pgrp, each.sid, *each.tids)}
+    if root.sid != root.pid:
+        ids.discard(root.sid)
+    if root.pgrp != root.pid:
+        ids.discard(root.pgrp)
+    taken = frozenset(each for each in ids if 0 < each <= MAX_PID)
+    return Shape(root.pid, taken, root.sid == root.pid)
+
+
+def tasks(images: str | Path) -> tuple[Task, ...]:
+    """Return the processes in an image, the root first, as a manifest has them; raises Damaged when
+    there are none, or a file that tells of one or of its threads is not whole."""
+    return tuple(_task(Path(images), each) for each in _listed(Path(images)))
+
+
+def arch(images: str | Path, pid: int) -> str:
+    """Return the machine that a process in an image needs, as uname(2) names it; '' if unknown."""
+    return ARCHES.get(as_int(_core(Path(images), pid).get(CORE_ARCH, 0)), "")
+
+
+def check_inventory(images: str | Path) -> None:
+    """Raise Damaged unless a directory has the file without which it is no image of CRIU's."""
+    _inventory(Path(images))
+
+
+def _listed(images: Path) -> list[Listed]:
+    path, found = images / "pstree.img", []
+    for raw in entries(path, COMMON_MAGIC, PSTREE_MAGIC, limit_bytes=SMALL_BYTES):
+        number = fields_of(raw)
+        pid, ppid, pgrp, sid = (as_int(number.get(each, -1)) for each in PSTREE_IDS)
+        if pid < 1:
+            raise Damaged(f"{path} has an entry without a pid")
+        tids = tuple(as_int(field.value) for field in parse(raw) if field.number == PSTREE_TIDS)
+        found.append(Listed(pid, ppid, pgrp, sid, tids or (pid,)))
+    if not found:
+        raise Damaged(f"{path} names no process")
+    return found
+
+
+def _task(images: Path, listed: Listed) -> Task:
+    core = _core(images, listed.pid)
+    common = fields_of(as_bytes(core.get(CORE_TASK, b"")))
+    tids = listed.tids
+    if common.get(TASK_STATE) == DEAD:
+        tids = (listed.pid,)  # CRIU 4.2 leaves that of a zombie to chance
+    for tid in {*tids} - {listed.pid}:
+        _core(images, tid)
+    thread = fields_of(as_bytes(core.get(CORE_THREAD, b"")))
+    creds = fields_of(as_bytes(thread.get(THREAD_CREDS, b"")))  # a zombie has none
+    return Task(
+        pid=listed.pid,
+        ppid=listed.ppid,
+        pgrp=listed.pgrp,
+        sid=listed.sid,
+        uid=as_int(creds.get(CREDS_UID, -1)),
+        gid=as_int(creds.get(CREDS_GID, -1)),
+        comm=os.fsdecode(as_bytes(common.get(TASK_COMM, b""))),
+        tids=tids,
+    )
+
+
+def _core(images: Path, tid: int) -> dict[int, int | bytes]:
+    path = images / f"core-{tid}.img"
+    found = list(entries(path, COMMON_MAGIC, CORE_MAGIC, limit_bytes=SMALL_BYTES))
+    if not found:
+        raise Damaged(f"{path} is empty")
+    return fields_of(found[0])
 
 
 def dumped(images: Path) -> Dumped:
     """Return how an image was dumped; raises Damaged where a file that tells is not whole."""
-    head = next(_entries(images / "inventory.img", INVENTORY_MAGIC), None)
-    if head is None:
-        raise Damaged(f"{images / 'inventory.img'} is empty")
-    inventory = _numbers(parse(head))
+    inventory = _inventory(images)
     return Dumped(
-        run_id=_bytes(inventory.get(INVENTORY_RUN_ID, b"")).decode(errors="replace"),
+        run_id=as_bytes(inventory.get(INVENTORY_RUN_ID, b"")).decode(errors="replace"),
         closed_tcp=bool(inventory.get(INVENTORY_TCP_CLOSE)),
         kept_tcp=any(images.glob("tcp-stream-*.img")),
         has_locks=(images / "filelocks.img").exists(),
         has_outer_terminal=_has_outer_terminal(images / "tty-info.img"),
     )
+
+
+def _inventory(images: Path) -> dict[int, int | bytes]:
+    path = images / "inventory.img"
+    found = list(entries(path, INVENTORY_MAGIC, limit_bytes=SMALL_BYTES))
+    if not found:
+        raise Damaged(f"{path} is empty")
+    return fields_of(found[0])
 
 
 def _has_outer_terminal(path: Path) -> bool:
@@ -131,8 +200,8 @@ def _has_outer_terminal(path: Path) -> bool:
         return False
     masters: set[int | bytes | None] = set()
     slaves: set[int | bytes | None] = set()
-    for raw in _entries(path, COMMON_MAGIC, TTY_INFO_MAGIC):
-        number = _numbers(parse(raw))
+    for raw in entries(path, COMMON_MAGIC, TTY_INFO_MAGIC):
+        number = fields_of(raw)
         if number.get(TTY_TYPE) == IS_PTY:
             ends = masters if number.get(TTY_RDEV) == PTMX else slaves
             ends.add(number.get(TTY_PTY))
@@ -146,33 +215,34 @@ def check_pages(images: Path) -> None:
     """
     wanted: dict[int, int] = {}
     for path in images.glob("pagemap-*.img"):
-        entries = _entries(path, COMMON_MAGIC, PAGEMAP_MAGIC)
-        file = _int(_numbers(parse(next(entries, b""))).get(1, 0))
-        wanted[file] = wanted.get(file, 0) + sum(map(_pages_of, entries))
+        found = entries(path, COMMON_MAGIC, PAGEMAP_MAGIC)
+        file = as_int(fields_of(next(found, b"")).get(1, 0))
+        wanted[file] = wanted.get(file, 0) + sum(map(_pages_of, found))
     for file, pages in wanted.items():
         path = images / f"pages-{file}.img"
-        found = path.stat().st_size if path.exists() else 0
-        if found < pages * PAGE_BYTES:
-            raise Damaged(f"{path} has {found} bytes of {pages * PAGE_BYTES}")
+        size = path.stat().st_size if path.exists() else 0
+        if size < pages * PAGE_BYTES:
+            raise Damaged(f"{path} has {size} bytes of {pages * PAGE_BYTES}")
 
 
 def _pages_of(entry: bytes) -> int:
-    number = _numbers(parse(entry))
-    flags = _int(number.get(PAGEMAP_FLAGS, 0 if number.get(PAGEMAP_IN_PARENT) else PAGE_IS_PRESENT))
+    number = fields_of(entry)
+    absent = number.get(PAGEMAP_IN_PARENT)
+    flags = as_int(number.get(PAGEMAP_FLAGS, 0 if absent else PAGE_IS_PRESENT))
     count = number.get(PAGEMAP_COUNT, number.get(PAGEMAP_COMPAT_COUNT, 0))
-    return _int(count) if flags & PAGE_IS_PRESENT else 0
+    return as_int(count) if flags & PAGE_IS_PRESENT else 0
 
 
 def unread_pipes(images: Path) -> frozenset[int]:
     """Return the inode numbers of the pipes that the tree writes and does not read."""
     written: set[int] = set()
     read: set[int] = set()
-    for entry in _entries(images / "files.img", COMMON_MAGIC, FILES_MAGIC):
+    for entry in entries(images / "files.img", COMMON_MAGIC, FILES_MAGIC):
         for field in parse(entry):
             if field.number == FILE_PIPE:
-                number = _numbers(parse(_bytes(field.value)))
-                is_writer = _int(number.get(PIPE_FLAGS, 0)) & os.O_ACCMODE == os.O_WRONLY
-                (written if is_writer else read).add(_int(number.get(PIPE_ID, 0)))
+                number = fields_of(as_bytes(field.value))
+                is_writer = as_int(number.get(PIPE_FLAGS, 0)) & os.O_ACCMODE == os.O_WRONLY
+                (written if is_writer else read).add(as_int(number.get(PIPE_ID, 0)))
     return frozenset(written - read)
 
 
@@ -187,7 +257,7 @@ def mend(images: Path) -> None:
     """
     path = images / "files.img"
     pipes = unread_pipes(images)
-    old = list(_entries(path, COMMON_MAGIC, FILES_MAGIC))
+    old = list(entries(path, COMMON_MAGIC, FILES_MAGIC))
     new = [_mended(entry, pipes) for entry in old]
     if new == old:
         return
@@ -205,9 +275,9 @@ def _mended(entry: bytes, pipes: frozenset[int]) -> bytes:
     if not any(field.number in (FILE_TIMERFD, FILE_PIPE) for field in fields):
         return entry
     return build(
-        field._replace(value=_mended_timer(_bytes(field.value)))
+        field._replace(value=_mended_timer(as_bytes(field.value)))
         if field.number == FILE_TIMERFD
-        else field._replace(value=_mended_pipe(_bytes(field.value), pipes))
+        else field._replace(value=_mended_pipe(as_bytes(field.value), pipes))
         if field.number == FILE_PIPE
         else field
         for field in fields
@@ -215,8 +285,7 @@ def _mended(entry: bytes, pipes: frozenset[int]) -> bytes:
 
 
 def _mended_timer(raw: bytes) -> bytes:
-    fields = parse(raw)
-    number = _numbers(fields)
+    fields, number = parse(raw), fields_of(raw)
     is_stopped = not any(number.get(each) for each in TIMERFD_VALUE)
     if not (is_stopped and number.get(TIMERFD_TICKS) and any(map(number.get, TIMERFD_INTERVAL))):
         return raw
@@ -225,108 +294,11 @@ def _mended_timer(raw: bytes) -> bytes:
 
 
 def _mended_pipe(raw: bytes, pipes: frozenset[int]) -> bytes:
-    fields = parse(raw)
-    if _numbers(fields).get(PIPE_ID) not in pipes:
+    if fields_of(raw).get(PIPE_ID) not in pipes:
         return raw
     return build(
-        field._replace(value=_int(field.value) | os.O_APPEND)
+        field._replace(value=as_int(field.value) | os.O_APPEND)
         if field.number == PIPE_FLAGS
         else field
-        for field in fields
+        for field in parse(raw)
     )
-
-
-# -- the format
-
-
-def _entries(path: Path, *magics: int) -> Iterator[bytes]:
-    try:
-        raw = path.read_bytes()
-    except OSError as exc:
-        raise Damaged(f"cannot read {path}: {exc.strerror}") from exc
-    head = b"".join(map(LENGTH.pack, magics))
-    if not raw.startswith(head):
-        raise Damaged(f"{path} is not the image file that its name says")
-    at = len(head)
-    while at < len(raw):
-        if at + LENGTH.size > len(raw):
-            raise Damaged(f"{path} is cut off")
-        (size,) = LENGTH.unpack_from(raw, at)
-        at += LENGTH.size
-        if at + size > len(raw):
-            raise Damaged(f"{path} is cut off")
-        yield raw[at : at + size]
-        at += size
-
-
-def parse(raw: bytes) -> list[Field]:
-    """Take a protobuf message apart, its fields in order; raises Damaged when it is not one."""
-    found, at = [], 0
-    try:
-        while at < len(raw):
-            key, at = _varint(raw, at)
-            number, wire = key >> 3, key & 7
-            value: int | bytes
-            if wire == VARINT:
-                value, at = _varint(raw, at)
-            else:
-                size = {FIXED64: 8, FIXED32: 4}.get(wire)
-                if wire == BYTES:
-                    size, at = _varint(raw, at)
-                if size is None or at + size > len(raw):
-                    raise Damaged("a message of an image file is damaged")
-                value, at = raw[at : at + size], at + size
-            found.append(Field(number, wire, value))
-    except IndexError as exc:
-        raise Damaged("a message of an image file is cut off") from exc
-    return found
-
-
-def build(fields: Iterable[Field]) -> bytes:
-    """Put a protobuf message together."""
-    out = bytearray()
-    for number, wire, value in fields:
-        out += _as_varint(number << 3 | wire)
-        if isinstance(value, int):
-            out += _as_varint(value)
-        else:
-            out += _as_varint(len(value)) * (wire == BYTES) + value
-    return bytes(out)
-
-
-def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = raw[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise Damaged("a number of an image file is damaged")
-
-
-def _as_varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _numbers(fields: Iterable[Field]) -> dict[int, int | bytes]:
-    return {field.number: field.value for field in fields}
-
-
-def _bytes(value: int | bytes) -> bytes:
-    if not isinstance(value, bytes):
-        raise Damaged("a message of an image file has a number where a message belongs")
-    return value
-
-
-def _int(value: int | bytes) -> int:
-    if not isinstance(value, int):
-        raise Damaged("a message of an image file has a message where a number belongs")
-    return value

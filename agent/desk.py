@@ -195,13 +195,13 @@ class Desk:
                 await self._begin_import(caller, app, name)
             case wire.WriteFile(app=app, name=name, file=file, offset=offset, data=data):
                 self._import(caller, app, name)
-                await self._parts.images.write_file(app, name, file, offset, data)
+                await self._parts.images.imports.write_file(app, name, file, offset, data)
             case wire.TruncateFile(app=app, name=name, file=file, size=size):
                 self._import(caller, app, name)
-                await self._parts.images.truncate_file(app, name, file, size)
+                await self._parts.images.imports.truncate_file(app, name, file, size)
             case wire.RemoveFile(app=app, name=name, file=file):
                 self._import(caller, app, name)
-                await self._parts.images.remove_file(app, name, file)
+                await self._parts.images.imports.remove_file(app, name, file)
             case wire.CloseFile(app=app, name=name):
                 await self._close_file(caller, app, name)
             case wire.CommitImport(app=app, name=name, to=to):
@@ -261,7 +261,7 @@ class Desk:
         for taken in (name, number, f"{number}.part"):
             if taken in self._state.imports.get(app, {}) or self._committed(app, taken):
                 raise Exists(f"{app} has a {taken} already; copy to another version")
-        await self._parts.images.begin_import(app, name, known.uid, known.gid)
+        await self._parts.images.imports.begin(app, name, known.uid, known.gid)
         await self._state.commit(
             Import(app=app, name=name, uid=known.uid, gid=known.gid, created=time.time())
         )
@@ -277,7 +277,7 @@ class Desk:
             if found is None or name.endswith(".part"):
                 return
             self._import(caller, app, name)
-            if await self._parts.images.import_complete(app, name) is not None:
+            if await self._parts.images.imports.whole(app, name) is not None:
                 await self._finish_import(found, name)
 
     async def _finish_import(self, found: Import, to: str) -> None:
@@ -285,7 +285,7 @@ class Desk:
         number = int(to[1:])
         if number in self._state.images.get(found.app, {}):
             raise Exists(f"{found.app} has a v{number} already")
-        sealed = await self._parts.images.finish_import(found.app, found.name, number)
+        sealed = await self._parts.images.imports.finish(found.app, found.name, number)
         image = names.image_of(sealed, own=False)
         await self._state.commit(image, names.with_version(app, number), delete=[found])
         self._state.event("image.imported", app.uid, image=image.ref)
@@ -294,7 +294,7 @@ class Desk:
         found = self._version(caller, app, name)
         if isinstance(found, Import):
             await self._state.commit(delete=[found])
-            await self._parts.images.remove_import(app, name)
+            await self._parts.images.imports.remove(app, name)
             return
         labels = [k for k, n in self._state.apps[app].labels.items() if n == found.version]
         if labels:

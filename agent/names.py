@@ -16,7 +16,7 @@ from krgfs.errors import Exists, Gone, NotYours
 from krgfs.model import App, Image, ProcessId
 from krgfs.verbs import VERSION, ImageRef, escaped_name
 
-from .images import Manifest
+from .manifest import Manifest
 from .procs import ProcessTree
 from .state import State
 

@@ -22,12 +22,12 @@ from krgfs.errors import Cancelled, Fate, KrgError, Unsupported, name_of
 from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
 from krgfs.verbs import Checkpoint, Then
 
-from .. import criu, images, names, outside, procs
+from .. import criu, criu_images, names, outside, procs
 from ..criu_options import Option
-from ..images import Manifest, Spool
+from ..images import Spool
 from ..jobs import Running
 from ..journal import OpenIntent, SpoolOpened, VersionPending
-from ..outside import End
+from ..manifest import End, Manifest, Task
 from ..parts import Parts
 from ..procs import ProcessTree
 from . import freeze
@@ -87,7 +87,7 @@ async def _make_image(
     tree: ProcessTree,
     words: Checkpoint,
     app: App,
-    ends: list[End],
+    ends: list[outside.End],
     frozen: Frozen | None,
     intent: OpenIntent,
 ) -> Image:
@@ -136,7 +136,7 @@ async def _keep(
     tree: ProcessTree,
     words: Checkpoint,
     app: App,
-    ends: list[End],
+    ends: list[outside.End],
     spool: Spool,
     report: criu.DumpReport,
     intent: OpenIntent,
@@ -230,7 +230,7 @@ def _manifest(
     words: Checkpoint,
     app: App,
     version: int,
-    ends: list[End],
+    ends: list[outside.End],
     report: criu.DumpReport,
     spool: Spool,
 ) -> Manifest:
@@ -254,8 +254,7 @@ def _manifest(
         boot=facts.BOOT_ID,
         cwd=os.fsdecode(facts.link(tree.pid, "cwd")),
         ends=tuple(
-            images.End(kind=end.kind, id=end.id, pid=end.pid, fd=end.fd, mode=end.mode)
-            for end in ends
+            End(kind=end.kind, id=end.id, pid=end.pid, fd=end.fd, mode=end.mode) for end in ends
         ),
         freeze_ms=report.frozen_ms,
         timings=report.timings,
@@ -267,16 +266,16 @@ def _inner(tree: ProcessTree, pid: int) -> int:
     return found.ns_pids[-1] if found and found.ns_pids else pid
 
 
-def _tasks(tree: ProcessTree, spool: Spool) -> tuple[images.Task, ...]:
+def _tasks(tree: ProcessTree, spool: Spool) -> tuple[Task, ...]:
     """Return what is in the image: a tree that ran on until CRIU came may have forked meanwhile."""
     inner = {task.pid: _inner(tree, task.pid) for task in tree.tasks}
     known = {inner[task.pid]: _task(tree, task, inner) for task in tree.tasks}
-    return tuple(known.get(each.pid, each) for each in images.tasks(spool.path))
+    return tuple(known.get(each.pid, each) for each in criu_images.tasks(spool.path))
 
 
-def _task(tree: ProcessTree, task: facts.Task, inner: dict[int, int]) -> images.Task:
+def _task(tree: ProcessTree, task: facts.Task, inner: dict[int, int]) -> Task:
     found = tree.credentials.get(task.pid)
-    return images.Task(
+    return Task(
         pid=inner[task.pid],
         start=task.start,
         ppid=inner.get(task.ppid, 0),

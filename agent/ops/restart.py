@@ -15,10 +15,10 @@ from krgfs.model import App, Image, Phase, ProcessId, Tree
 from krgfs.verbs import Restart
 
 from .. import criu, keepers, names, procs
-from ..images import Manifest
 from ..jobs import Running
 from ..journal import KeeperStarted
 from ..keepers import Launched
+from ..manifest import Manifest
 from ..parts import Parts
 
 ZOMBIE_S = 10.0

@@ -24,8 +24,8 @@ import trio
 from agent import criu, criu_run, keepers, outside, procs
 from agent.criu import DumpReport, Engine
 from agent.freezer import Freezer
-from agent.images import End, Manifest, Task
 from agent.keepers import Launched, LaunchFailed, Plan
+from agent.manifest import End, Manifest, Task
 from agent.procs import ProcessTree
 from krgfs import facts
 from krgfs.errors import (

@@ -18,17 +18,9 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.images import (
-    MANIFEST,
-    End,
-    FileSum,
-    Images,
-    Manifest,
-    Task,
-    _together,
-    decode,
-    encode,
-)
+from agent.durable import together
+from agent.images import Images
+from agent.manifest import MANIFEST, End, FileSum, Manifest, Task, decode, encode
 from krgfs.errors import (
     BadWords,
     CannotRunHere,
@@ -89,14 +81,14 @@ def tree_of(directory):
 
 async def copied(images, source, name, app="blast", skip=()):
     """Copy a directory into an import, as cp -r through the mount does."""
-    await images.begin_import(app, name, ANNA, ANNA)
+    await images.imports.begin(app, name, ANNA, ANNA)
     for path in sorted(Path(source).rglob("*")):
         file = str(path.relative_to(source))
         if path.is_file() and file not in skip:
             data = path.read_bytes()
-            await images.write_file(app, name, file, 0, b"")
+            await images.imports.write_file(app, name, file, 0, b"")
             for at in range(0, len(data), MAX_DATA // 2):
-                await images.write_file(app, name, file, at, data[at : at + MAX_DATA // 2])
+                await images.imports.write_file(app, name, file, at, data[at : at + MAX_DATA // 2])
 
 
 # -- spool, seal, publish
@@ -236,7 +228,7 @@ async def test_work_that_fails_ends_what_is_done_beside_it():
             trio.from_thread.check_cancelled()
 
     with pytest.raises(EngineFailed, match="cannot store blast/v1: Input/output error; see"):
-        await _together("cannot store blast/v1", trio.CapacityLimiter(2), hash_for_ever, fail)
+        await together("cannot store blast/v1", trio.CapacityLimiter(2), hash_for_ever, fail)
 
 
 async def test_everything_is_synced_before_the_name_is_durable(images, root, tmp_path):
@@ -374,15 +366,15 @@ BAD_NAMES += ["x" * 256, "\udcff"]
 async def test_a_name_cannot_lead_out_of_an_image(images, root, file):
     await make(images)
     (root / "blast/x").write_text("outside")
-    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
     with pytest.raises(BadWords):
         await images.read("blast", "v1", file, 0, 100)
     with pytest.raises(BadWords):
-        await images.write_file("blast", "v2", file, 0, b"x")
+        await images.imports.write_file("blast", "v2", file, 0, b"x")
     with pytest.raises(BadWords):
-        await images.truncate_file("blast", "v2", file, 0)
+        await images.imports.truncate_file("blast", "v2", file, 0)
     with pytest.raises(BadWords):
-        await images.remove_file("blast", "v2", file)
+        await images.imports.remove_file("blast", "v2", file)
     assert (root / "blast/x").read_text() == "outside"
 
 
@@ -395,7 +387,7 @@ async def test_a_name_cannot_lead_out_of_the_store(images, app):
         lambda: images.verify(app, 1),
         lambda: images.remove(app, 1),
         lambda: images.remove_app(app),
-        lambda: images.begin_import(app, "v1", ANNA, ANNA),
+        lambda: images.imports.begin(app, "v1", ANNA, ANNA),
         lambda: images.spool(7, app).__aenter__(),
     ):
         with pytest.raises(BadWords):
@@ -410,7 +402,7 @@ async def test_only_versions_and_imports_have_files(images, name):
     with pytest.raises(BadWords, match="cannot be a version"):
         await images.files("blast", name)
     with pytest.raises(BadWords):
-        await images.begin_import("blast", name, ANNA, ANNA)
+        await images.imports.begin("blast", name, ANNA, ANNA)
 
 
 async def test_reading_gives_what_is_there_from_any_offset(images):
@@ -449,10 +441,10 @@ async def test_what_is_not_there_is_gone(images):
         lambda: images.files("blast", "v2"),
         lambda: images.files("other", "v1"),
         lambda: images.manifest("blast", 2),
-        lambda: images.write_file("blast", "v2", "x", 0, b""),
-        lambda: images.write_file("blast", "v1", "x", 0, b""),
-        lambda: images.import_complete("blast", "v1"),
-        lambda: images.finish_import("blast", "v1", 1),
+        lambda: images.imports.write_file("blast", "v2", "x", 0, b""),
+        lambda: images.imports.write_file("blast", "v1", "x", 0, b""),
+        lambda: images.imports.whole("blast", "v1"),
+        lambda: images.imports.finish("blast", "v1", 1),
     ):
         with pytest.raises(Gone):
             await use()
@@ -577,9 +569,9 @@ async def test_a_cancelled_holder_still_removes(images, root):
 async def test_recovery_removes_what_was_not_finished_and_nothing_else(images, root):
     for version in (1, 2, 3, 4):
         await make(images, version)
-    await images.begin_import("blast", "v8", ANNA, ANNA)
-    await images.write_file("blast", "v8", "x", 0, b"x")
-    await images.begin_import("blast", "v9.part", ANNA, ANNA)
+    await images.imports.begin("blast", "v8", ANNA, ANNA)
+    await images.imports.write_file("blast", "v8", "x", 0, b"x")
+    await images.imports.begin("blast", "v9.part", ANNA, ANNA)
     kept = {name: tree_of(root / "blast" / name) for name in ("v1", "v4", ".import-v8")}
     for name in ("blast/.spool-7", "blast/.trash-v6-1", "other/.spool-8", "empty"):
         (root / name).mkdir(parents=True)
@@ -603,9 +595,9 @@ async def test_recovery_removes_what_was_not_finished_and_nothing_else(images, r
     assert {name: tree_of(root / "blast" / name) for name in kept} == kept
     assert {path.name for path in (root / "blast").iterdir()} == {*kept, ".unlisted-v3"}
     assert {path.name for path in root.iterdir()} == {"blast"}
-    await fresh.write_file("blast", "v8", "x", 1, b"y")
+    await fresh.imports.write_file("blast", "v8", "x", 1, b"y")
     assert await fresh.read("blast", "v8", "x", 0, 9) == b"xy"
-    await fresh.remove_import("gone", "v6")
+    await fresh.imports.remove("gone", "v6")
 
 
 async def test_recovery_spares_the_spool_of_a_dump_that_goes_on(images, root):
@@ -617,9 +609,9 @@ async def test_recovery_spares_the_spool_of_a_dump_that_goes_on(images, root):
 
 
 async def test_an_import_goes_on_under_the_next_agent(images, root):
-    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
     fresh = await Images.open(root)
-    await fresh.write_file("blast", "v2", "x", 0, b"x")
+    await fresh.imports.write_file("blast", "v2", "x", 0, b"x")
     assert await fresh.read("blast", "v2", "x", 0, 9) == b"x"
 
 
@@ -637,12 +629,12 @@ async def test_an_import_that_was_published_and_not_recorded_is_one_again(images
     await make(images, 1)
     for name, number in (("v2", 2), ("v3.part", 3)):
         await copied(images, root / "blast/v1", name)
-        await images.finish_import("blast", name, number)
+        await images.imports.finish("blast", name, number)
     fresh = await Images.open(root)
     found = await fresh.recover({("blast", 1)}, {("blast", "v2"), ("blast", "v3.part")})
     assert found == ([], [], [])
-    assert (await fresh.finish_import("blast", "v3.part", 3)).ref == "blast/v3"
-    assert await fresh.import_complete("blast", "v2") is not None
+    assert (await fresh.imports.finish("blast", "v3.part", 3)).ref == "blast/v3"
+    assert await fresh.imports.whole("blast", "v2") is not None
 
 
 async def test_recovery_of_an_empty_store_does_nothing(images):
@@ -656,12 +648,12 @@ async def test_a_copy_of_an_image_is_complete_when_its_last_file_is_there(images
     manifest = await make(images, 1, files=DUMPED | {"files/out": b"o"})
     source = root / "blast/v1"
     names = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
-    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
     for name in names:
-        assert await images.import_complete("blast", "v2") is None
-        await images.write_file("blast", "v2", name, 0, (source / name).read_bytes())
-    assert await images.import_complete("blast", "v2") == manifest
-    finished = await images.finish_import("blast", "v2", 2, manifest)
+        assert await images.imports.whole("blast", "v2") is None
+        await images.imports.write_file("blast", "v2", name, 0, (source / name).read_bytes())
+    assert await images.imports.whole("blast", "v2") == manifest
+    finished = await images.imports.finish("blast", "v2", 2, manifest)
     assert finished.ref == "blast/v2"
     assert finished.copied_from == "blast/v1"
     assert await images.verify("blast", 2) == ""
@@ -676,7 +668,7 @@ async def test_an_image_that_comes_home_is_what_it_was_to_the_byte(images, root,
     shutil.copytree(root / "blast/v1", tmp_path / "backup")
     await images.remove("blast", 1)
     await copied(images, tmp_path / "backup", "v1.part")
-    await images.finish_import("blast", "v1.part", 1)
+    await images.imports.finish("blast", "v1.part", 1)
     assert tree_of(root / "blast/v1") == before
 
 
@@ -684,10 +676,10 @@ async def test_an_import_belongs_to_whom_it_was_begun_for(images, root):
     if os.geteuid() != 0:
         pytest.skip("giving files away needs root")
     await make(images, 1)
-    await images.begin_import("mine", "v1", 4321, 4322)
+    await images.imports.begin("mine", "v1", 4321, 4322)
     for path in (root / "blast/v1").iterdir():
-        await images.write_file("mine", "v1", path.name, 0, path.read_bytes())
-    manifest = await images.finish_import("mine", "v1", 1)
+        await images.imports.write_file("mine", "v1", path.name, 0, path.read_bytes())
+    manifest = await images.imports.finish("mine", "v1", 1)
     assert (manifest.uid, manifest.gid, manifest.copied_from) == (4321, 4322, "blast/v1")
     for _, uid, gid, _ in tree_of(root / "mine").values():
         assert (uid, gid) == (4321, 4322)
@@ -707,93 +699,93 @@ async def test_a_copy_that_does_not_match_is_refused_and_stays(images, root, fil
     await make(images, 1)
     await copied(images, root / "blast/v1", "v2.part", skip=[file])
     if data is not None:
-        await images.write_file("blast", "v2.part", file, 0, data)
-    assert await images.import_complete("blast", "v2.part") is None
+        await images.imports.write_file("blast", "v2.part", file, 0, data)
+    assert await images.imports.whole("blast", "v2.part") is None
     with pytest.raises(Damaged) as caught:
-        await images.finish_import("blast", "v2.part", 2)
+        await images.imports.finish("blast", "v2.part", 2)
     assert words in caught.value.message
     assert not (root / "blast/v2").exists()
     assert await images.files("blast", "v2.part")
     if file == "pstree.img":
-        await images.truncate_file("blast", "v2.part", file, 0) if data else None
-        await images.write_file("blast", "v2.part", file, 0, b"tree")
-        assert (await images.finish_import("blast", "v2.part", 2)).ref == "blast/v2"
+        await images.imports.truncate_file("blast", "v2.part", file, 0) if data else None
+        await images.imports.write_file("blast", "v2.part", file, 0, b"tree")
+        assert (await images.imports.finish("blast", "v2.part", 2)).ref == "blast/v2"
 
 
 async def test_a_file_changed_after_the_check_is_noticed(images, root):
     await make(images, 1)
     await copied(images, root / "blast/v1", "v2")
-    manifest = await images.import_complete("blast", "v2")
-    await images.write_file("blast", "v2", "pstree.img", 0, b"TREE")
+    manifest = await images.imports.whole("blast", "v2")
+    await images.imports.write_file("blast", "v2", "pstree.img", 0, b"TREE")
     with pytest.raises(Damaged, match=r"pstree\.img has other contents"):
-        await images.finish_import("blast", "v2", 2, manifest)
+        await images.imports.finish("blast", "v2", 2, manifest)
 
 
 async def test_a_copy_with_a_newer_manifest_is_refused_in_words(images):
-    await images.begin_import("blast", "v2", ANNA, ANNA)
-    await images.write_file("blast", "v2", MANIFEST, 0, b'{"format": 99}')
-    assert await images.import_complete("blast", "v2") is None
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
+    await images.imports.write_file("blast", "v2", MANIFEST, 0, b'{"format": 99}')
+    assert await images.imports.whole("blast", "v2") is None
     with pytest.raises(CannotRunHere, match="format 99"):
-        await images.finish_import("blast", "v2", 2)
+        await images.imports.finish("blast", "v2", 2)
 
 
 async def test_names_that_are_taken_are_refused(images, root):
     await make(images, 1)
-    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
     for name in ("v1", "v2"):
         with pytest.raises(Exists, match=f"blast/{name}"):
-            await images.begin_import("blast", name, ANNA, ANNA)
+            await images.imports.begin("blast", name, ANNA, ANNA)
     await copied(images, root / "blast/v1", "v3.part")
     with pytest.raises(Exists, match="blast/v1"):
-        await images.finish_import("blast", "v3.part", 1)
+        await images.imports.finish("blast", "v3.part", 1)
 
 
 async def test_writes_of_an_import_land_where_they_were_aimed(images):
-    await images.begin_import("blast", "v2", ANNA, ANNA)
-    await images.write_file("blast", "v2", "x", 3, b"de")
-    await images.write_file("blast", "v2", "x", 0, b"abc")
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
+    await images.imports.write_file("blast", "v2", "x", 3, b"de")
+    await images.imports.write_file("blast", "v2", "x", 0, b"abc")
     assert await images.read("blast", "v2", "x", 0, 9) == b"abcde"
-    await images.truncate_file("blast", "v2", "x", 2)
+    await images.imports.truncate_file("blast", "v2", "x", 2)
     assert await images.read("blast", "v2", "x", 0, 9) == b"ab"
-    await images.write_file("blast", "v2", "x", 4, b"")
+    await images.imports.write_file("blast", "v2", "x", 4, b"")
     assert await images.read("blast", "v2", "x", 0, 9) == b"ab"
-    await images.remove_file("blast", "v2", "x")
+    await images.imports.remove_file("blast", "v2", "x")
     assert await images.files("blast", "v2") == []
-    for use in (images.remove_file, lambda *where: images.truncate_file(*where, 1)):
+    for use in (images.imports.remove_file, lambda *where: images.imports.truncate_file(*where, 1)):
         with pytest.raises(Gone, match="blast/v2/x"):
             await use("blast", "v2", "x")
 
 
 async def test_a_hole_that_no_disk_could_fill_is_refused(images):
-    await images.begin_import("blast", "v2", ANNA, ANNA)
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
     with pytest.raises(NoRoom):
-        await images.write_file("blast", "v2", "x", 1 << 60, b"x")
-    await images.write_file("blast", "v2", "x", 0, b"x")
+        await images.imports.write_file("blast", "v2", "x", 1 << 60, b"x")
+    await images.imports.write_file("blast", "v2", "x", 0, b"x")
     with pytest.raises(NoRoom):
-        await images.truncate_file("blast", "v2", "x", 1 << 60)
+        await images.imports.truncate_file("blast", "v2", "x", 1 << 60)
     with pytest.raises(BadWords):
-        await images.write_file("blast", "v2", "x", -1, b"x")
+        await images.imports.write_file("blast", "v2", "x", -1, b"x")
 
 
 async def test_a_removed_import_is_gone(images, root):
-    await images.begin_import("blast", "v2", ANNA, ANNA)
-    await images.write_file("blast", "v2", "files/x", 0, b"x")
-    await images.remove_import("blast", "v2")
-    await images.remove_import("blast", "v2")
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
+    await images.imports.write_file("blast", "v2", "files/x", 0, b"x")
+    await images.imports.remove("blast", "v2")
+    await images.imports.remove("blast", "v2")
     assert tree_of(root / "blast") == {}
     with pytest.raises(Gone):
-        await images.write_file("blast", "v2", "x", 0, b"x")
+        await images.imports.write_file("blast", "v2", "x", 0, b"x")
 
 
 async def test_imports_that_ended_are_forgotten(images, root):
     await make(images, 1)
     await copied(images, root / "blast/v1", "v2")
-    await images.finish_import("blast", "v2", 2)
+    await images.imports.finish("blast", "v2", 2)
     await copied(images, root / "blast/v1", "v3")
-    await images.remove_import("blast", "v3")
+    await images.imports.remove("blast", "v3")
     with pytest.raises(Gone):
-        await images.write_file("blast", "v4", "x", 0, b"")
-    assert images._imports == {}
+        await images.imports.write_file("blast", "v4", "x", 0, b"")
+    assert images.imports._busy == {}
 
 
 async def test_of_two_that_finish_at_once_one_does(images, root):
@@ -803,7 +795,7 @@ async def test_of_two_that_finish_at_once_one_does(images, root):
 
     async def finish():
         try:
-            outcomes.append((await images.finish_import("blast", "v2", 2)).ref)
+            outcomes.append((await images.imports.finish("blast", "v2", 2)).ref)
         except Gone:
             outcomes.append("gone")
 
@@ -864,15 +856,15 @@ PLAIN = {
 
 
 async def imported(images, files, name="v2.part"):
-    await images.begin_import("blast", name, ANNA, ANNA)
+    await images.imports.begin("blast", name, ANNA, ANNA)
     for file, data in files.items():
-        await images.write_file("blast", name, file, 0, data)
+        await images.imports.write_file("blast", name, file, 0, data)
 
 
 async def test_a_plain_dump_gets_a_manifest_of_what_it_says_itself(images):
     await imported(images, PLAIN)
-    assert await images.import_complete("blast", "v2.part") is None
-    manifest = await images.finish_import("blast", "v2.part", 2)
+    assert await images.imports.whole("blast", "v2.part") is None
+    manifest = await images.imports.finish("blast", "v2.part", 2)
     assert await images.manifest("blast", 2) == manifest
     assert (manifest.ref, manifest.uid, manifest.copied_from) == ("blast/v2", ANNA, "")
     assert (manifest.root, manifest.arch) == (5721, "x86_64")
@@ -897,7 +889,7 @@ async def test_a_plain_dump_gets_a_manifest_of_what_it_says_itself(images):
 async def test_what_criu_really_wrote_is_understood(images):
     files = PLAIN | {"pstree.img": REAL_PSTREE}
     await imported(images, files)
-    (task,) = (await images.finish_import("blast", "v2.part", 2)).tree
+    (task,) = (await images.imports.finish("blast", "v2.part", 2)).tree
     assert (task.pid, task.ppid, task.pgrp, task.sid, task.tids) == (5721, 0, 5721, 5721, (5721,))
 
 
@@ -920,10 +912,10 @@ async def test_what_criu_really_wrote_is_understood(images):
 async def test_what_is_no_dump_of_criu_is_refused_and_stays(images, root, file, data, words):
     await imported(images, {**PLAIN, file: data} if data is not None else PLAIN)
     if data is None:
-        await images.remove_file("blast", "v2.part", file)
+        await images.imports.remove_file("blast", "v2.part", file)
     before = tree_of(root)
     with pytest.raises(Damaged) as caught:
-        await images.finish_import("blast", "v2.part", 2)
+        await images.imports.finish("blast", "v2.part", 2)
     assert "cannot import blast/v2.part: it has no manifest.json" in caught.value.message
     assert words in caught.value.message
     assert tree_of(root) == before
@@ -1008,10 +1000,10 @@ async def test_an_import_without_room_says_so_and_can_be_removed(small_disk):
         leave(small_disk, pages)
         try:
             await copied(images, small_disk / "store/blast/v1", "v2")
-            await images.finish_import("blast", "v2", 2)
+            await images.imports.finish("blast", "v2", 2)
         except NoRoom as exc:
             assert "blast/v2" in exc.message
-            await images.remove_import("blast", "v2")
+            await images.imports.remove("blast", "v2")
         else:
             await images.remove("blast", 2)
         (small_disk / "filler").unlink()
@@ -1020,10 +1012,10 @@ async def test_an_import_without_room_says_so_and_can_be_removed(small_disk):
 
 async def test_a_file_system_without_inodes_is_no_room_either(small_disk):
     images = await Images.open(small_disk / "store")
-    await images.begin_import("blast", "v1", ANNA, ANNA)
+    await images.imports.begin("blast", "v1", ANNA, ANNA)
     with pytest.raises(NoRoom):
         for i in range(100):
-            await images.write_file("blast", "v1", f"core-{i}.img", 0, b"")
+            await images.imports.write_file("blast", "v1", f"core-{i}.img", 0, b"")
 
 
 async def test_a_read_only_store_says_so(small_disk):
@@ -1033,7 +1025,7 @@ async def test_a_read_only_store_says_so(small_disk):
     for use in (
         lambda: make(images, 2),
         lambda: images.remove("blast", 1),
-        lambda: images.begin_import("blast", "v3", ANNA, ANNA),
+        lambda: images.imports.begin("blast", "v3", ANNA, ANNA),
     ):
         with pytest.raises(EngineFailed, match=r"read-only; see dmesg") as caught:
             await use()

@@ -1,0 +1,175 @@
+"""Blocking work on the files of the image store: in threads, durable, and refused in sentences.
+
+`run` and `together` take such work off the event loop; all else here is such work. What it changes
+is on the disk when it returns, except for `write` and `own`, after which `sync` or `flush` is due.
+Whatever the kernel refuses comes out as NoRoom, OverQuota, Gone or EngineFailed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import trio
+
+from krgfs.errors import EngineFailed, Gone, KrgError, NoRoom, OverQuota
+
+WINDOW_BYTES = 64 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+async def run(action: str, work: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
+    """Do blocking work in a thread; what the kernel refuses is told as `action`."""
+
+    def told() -> T:
+        with explained(action):
+            return work()
+
+    return await trio.to_thread.run_sync(told, limiter=limiter)
+
+
+async def together(action: str, limiter: trio.CapacityLimiter, *works: Callable[[], None]) -> None:
+    """Do several pieces of work at once; the first that fails cancels the others and is raised."""
+    failures: list[KrgError] = []
+
+    async def one(work: Callable[[], None]) -> None:
+        try:
+            await run(action, work, limiter)
+        except KrgError as exc:
+            failures.append(exc)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for work in works:
+            nursery.start_soon(one, work)
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def explained(action: str) -> Iterator[None]:
+    """Turn the kernel's refusals into sentences that begin with `action`."""
+    try:
+        yield
+    except OSError as exc:
+        raise _error(action, exc) from exc
+
+
+def _error(action: str, exc: OSError) -> KrgError:
+    if exc.errno == errno.ENOSPC:
+        return NoRoom(
+            f"{action}: no room left in the image store; remove images that nobody needs "
+            "(rmdir /krg/images/APP/vN), then try again"
+        )
+    if exc.errno == errno.EDQUOT:
+        return OverQuota(f"{action}: the quota is used up; remove images (rmdir), then try again")
+    if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+        return Gone(f"{action}: it is not there")
+    if exc.errno == errno.EROFS:
+        return EngineFailed(
+            f"{action}: the filesystem of the image store is read-only; see dmesg, mount it anew"
+        )
+    return EngineFailed(f"{action}: {exc.strerror or exc}; see the kernel's log (dmesg)")
+
+
+@contextlib.contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """Open a regular file, and nothing else."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOENT, "not a file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def write(path: str, data: bytes) -> None:
+    """Make a file (0600) of these contents, or give it them."""
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+
+
+def own(path: str, uid: int, gid: int, mode: int) -> None:
+    """Give a file or directory this owner and mode."""
+    facts = os.stat(path)
+    if (facts.st_uid, facts.st_gid) != (uid, gid):
+        os.chown(path, uid, gid)
+    os.chmod(path, mode)
+
+
+def sync(path: str) -> None:
+    """Make a file or directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flush(paths: Iterable[str]) -> None:
+    """Make files durable. Their data is sent off first, so that one journal commit does for all.
+
+    Not syncfs: it would wait for what everybody else has written to that filesystem.
+    """
+    paths = list(paths)
+    for path in paths:
+        with opened(path, os.O_RDONLY) as fd:
+            _send_off(fd)
+    for path in paths:
+        sync(path)
+        trio.from_thread.check_cancelled()
+
+
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def _send_off(fd: int) -> None:
+    """Start to write a file's data, window by window, so that cancellation need not wait for all.
+
+    It only hastens what fsync does and reports, so its own failures do not matter.
+    """
+    if _sync_file_range is None:
+        return
+    for start in range(0, os.fstat(fd).st_size, WINDOW_BYTES):
+        _sync_file_range(fd, start, WINDOW_BYTES, _WRITE)
+        if start:
+            before = start - WINDOW_BYTES
+            _sync_file_range(fd, before, WINDOW_BYTES, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+        trio.from_thread.check_cancelled()
+
+
+def publish(source: str, target: str) -> None:
+    """Rename durably, or not at all."""
+    os.rename(source, target)
+    try:
+        sync(os.path.dirname(target))
+    except OSError:
+        os.rename(target, source)
+        raise
+
+
+def discard(path: str) -> None:
+    """Take a directory out of sight, then delete it."""
+    folder, name = os.path.split(path)
+    trash = os.path.join(folder, f".trash-{name.lstrip('.')}-{time.time_ns()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, trash)
+        delete(trash)
+
+
+def delete(path: str) -> bool:
+    """Delete a directory and say whether all of it went; what did not is left to the next agent."""
+    shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)

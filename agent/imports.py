@@ -1,0 +1,198 @@
+"""Copies of images that are taken in: each grows in a directory of its own until it is a version.
+
+A copy of an image has a manifest, and is whole when all is there that it names, and matches. A
+directory that plain CRIU wrote has none, and gets one of what its files say of themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone
+
+from . import contents, criu_images, durable
+from .manifest import MANIFEST, Manifest, file_name
+from .places import Places
+
+
+class Imports:
+    """The imports of this node (`vN` or `vN.part` of an app); each is changed by one at a time.
+
+    Errors are those of Images.
+    """
+
+    def __init__(self, places: Places, bulk: trio.CapacityLimiter) -> None:
+        self._places = places
+        self._bulk = bulk
+        self._busy: dict[tuple[str, str], trio.Lock] = {}
+
+    async def begin(self, app: str, name: str, uid: int, gid: int) -> None:
+        """Make an empty import (`vN` or `vN.part`), which will be an image of uid and gid."""
+        path = self._places.imported(app, name)
+
+        def work() -> None:
+            if os.path.lexists(self._places.either(app, name)):
+                raise Exists(f"cannot make {app}/{name}: it exists; remove it, or take another")
+            self._places.make_app(app)
+            os.mkdir(path, 0o700)
+            durable.own(path, uid, gid, 0o700)
+
+        await durable.run(f"cannot make {app}/{name}", work)
+
+    async def write_file(self, app: str, name: str, file: str, offset: int, data: bytes) -> None:
+        """Make `file` of an import if it is not there, and write `data` whole at `offset`."""
+        async with self._importing(app, name) as path:
+
+            def work() -> None:
+                self._check_size(offset, offset + len(data))
+                target = os.path.join(path, file_name(file))
+                if "/" in file:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(os.path.dirname(target), 0o700)
+                with durable.opened(target, os.O_WRONLY | os.O_CREAT) as fd:
+                    at, rest = offset, memoryview(data)
+                    while rest:
+                        count = os.pwrite(fd, rest, at)
+                        at, rest = at + count, rest[count:]
+
+            await durable.run(f"cannot write {app}/{name}/{file}", work)
+
+    async def truncate_file(self, app: str, name: str, file: str, size: int) -> None:
+        """Give `file` of an import this size."""
+        async with self._importing(app, name) as path:
+
+            def work() -> None:
+                self._check_size(size, size)
+                with durable.opened(os.path.join(path, file_name(file)), os.O_WRONLY) as fd:
+                    os.ftruncate(fd, size)
+
+            await durable.run(f"cannot set the size of {app}/{name}/{file}", work)
+
+    async def remove_file(self, app: str, name: str, file: str) -> None:
+        """Remove `file` from an import."""
+        async with self._importing(app, name) as path:
+            await durable.run(
+                f"cannot remove {app}/{name}/{file}",
+                lambda: os.unlink(os.path.join(path, file_name(file))),
+            )
+
+    async def remove(self, app: str, name: str) -> None:
+        """Remove an import and all that was copied into it, if it is there."""
+        with contextlib.suppress(Gone):
+            async with self._importing(app, name) as path:
+                await durable.run(f"cannot remove {app}/{name}", lambda: durable.discard(path))
+
+    async def whole(self, app: str, name: str) -> Manifest | None:
+        """Return the manifest of an import in which all is there that it names, and matches.
+
+        None also where it has no manifest, or one that cannot be used: `finish` says why. Costs
+        little while names or sizes differ; then everything is read.
+        """
+        async with self._importing(app, name) as path:
+            ref = f"{app}/{name}"
+
+            def work() -> Manifest | None:
+                try:
+                    manifest = contents.read_manifest(path, ref)
+                    wrong = contents.damage(path, manifest, ref)
+                except (Damaged, CannotRunHere):
+                    return None
+                return None if wrong else manifest
+
+            return await durable.run(f"cannot look at {ref}", work, self._bulk)
+
+    async def finish(
+        self, app: str, name: str, version: int, manifest: Manifest | None = None
+    ) -> Manifest:
+        """Make a version of an import, durably, and return its manifest.
+
+        `manifest` is what `whole` said. Without it the import is looked at here: if it has a
+        manifest it must be what that says; else it must be a directory that CRIU wrote, and gets a
+        manifest of what can be read from it. App, version and owner become those of this place.
+        Damaged says what is missing or wrong, and the import stays as it is. The caller commits the
+        record, or removes the version.
+        """
+        async with self._importing(app, name) as path:
+            ref, target = f"{app}/{name}", self._places.version(app, version)
+
+            def examine() -> tuple[Manifest, bool]:
+                if os.path.lexists(target):
+                    raise Exists(f"cannot import {ref}: {app}/v{version} exists; take another")
+                owner = os.stat(path)
+                whole = os.path.lexists(os.path.join(path, MANIFEST))
+                if whole:
+                    found = manifest or contents.read_manifest(path, ref)
+                    contents.refuse(ref, contents.differences(path, found, ref))
+                else:
+                    found = _plain_manifest(path, ref)
+                return _moved(found, app, version, owner.st_uid, owner.st_gid), whole
+
+            found, whole = await durable.run(f"cannot import {ref}", examine)
+            found = await contents.seal(path, found, ref, self._bulk, whole=whole)
+            await durable.run(f"cannot import {ref}", lambda: durable.publish(path, target))
+            return found
+
+    # -- inside
+
+    @asynccontextmanager
+    async def _importing(self, app: str, name: str) -> AsyncIterator[str]:
+        """Yield the directory of an import, which nobody else changes meanwhile."""
+        path, key = self._places.imported(app, name), (app, name)
+        if not os.path.isdir(path):
+            raise Gone(f"there is no import {app}/{name}: make it with mkdir")
+        async with self._busy.setdefault(key, trio.Lock()):
+            try:
+                if not os.path.isdir(path):
+                    raise Gone(f"there is no import {app}/{name} any more: it has ended")
+                yield path
+            finally:
+                if not os.path.isdir(path):
+                    self._busy.pop(key, None)
+
+    def _check_size(self, start: int, end: int) -> None:
+        """Refuse holes that no disk could fill: whoever hashes them would be at it for days."""
+        if start < 0:
+            raise BadWords("a size or an offset is negative")
+        room = os.statvfs(self._places.root)
+        if end > room.f_blocks * room.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _plain_manifest(path: str, ref: str) -> Manifest:
+    """Return what can be known of a dump by its files; Damaged when it is not one."""
+    try:
+        criu_images.check_inventory(path)
+        found = criu_images.tasks(path)
+        arch = criu_images.arch(path, found[0].pid)
+    except Damaged as exc:
+        why = exc.message.removeprefix(f"{path}/")  # where it lies is the agent's own business
+        raise Damaged(
+            f"cannot import {ref}: it has no {MANIFEST}, and is no whole directory of CRIU's "
+            f"either: {why}; copy all of its files, then try again"
+        ) from exc
+    return Manifest(
+        app="",
+        version=0,
+        created=time.time(),
+        uid=0,
+        gid=0,
+        root=found[0].pid,
+        tree=found,
+        arch=arch,
+    )
+
+
+def _moved(manifest: Manifest, app: str, version: int, uid: int, gid: int) -> Manifest:
+    """Return the manifest as it is of an import that becomes this version of this owner."""
+    moved = msgspec.structs.replace(manifest, app=app, version=version, uid=uid, gid=gid)
+    if moved.ref != manifest.ref and manifest.app:
+        moved = msgspec.structs.replace(moved, copied_from=manifest.ref)
+    return moved
