@@ -29,8 +29,7 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
     _refuse_second_life(app)
     async with parts.images.held(image.app, image.version) as path:
         job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
-        await _refuse_damaged(parts, image)
-        manifest = await parts.images.manifest(image.app, image.version)
+        manifest = await _whole(parts, image)
         private = await _private(manifest, path, words)
         async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
             directory = keepers.directory(parts.run_dir, job.id)
@@ -67,11 +66,16 @@ def _refuse_second_life(app: App) -> None:
         )
 
 
-async def _refuse_damaged(parts: Parts, image: Image) -> None:
+async def _whole(parts: Parts, image: Image) -> Manifest:
+    """Return the manifest of an image, every byte of which is as it was committed, or Damaged."""
     wrong = await parts.images.verify(image.app, image.version)
-    if wrong:
-        parts.state.show(replace(image, damaged=wrong))
-        raise Damaged(f"{image.ref} is damaged: {wrong}; take another version")
+    if not wrong:
+        manifest = await parts.images.manifest(image.app, image.version)
+        if manifest.digest == image.digest:
+            return manifest
+        wrong = "its manifest is not the one that was committed"
+    parts.state.show(replace(image, damaged=wrong))
+    raise Damaged(f"{image.ref} is damaged: {wrong}; take another version")
 
 
 async def _private(manifest: Manifest, path: str, words: Restart) -> bool:

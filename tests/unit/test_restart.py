@@ -1,0 +1,61 @@
+"""restart, up to where the engine begins: an image is what its record says, or it is refused."""
+
+from pathlib import Path
+
+import pytest
+import trio
+from msgspec.structs import replace
+
+from agent import names
+from agent.images import Images
+from agent.jobs import Running
+from agent.manifest import Manifest
+from agent.ops import restart
+from agent.parts import Parts
+from agent.state import State
+from agent.store import MemoryStore
+from krgfs.errors import Damaged
+from krgfs.model import App, Caller, Image, Job
+from krgfs.verbs import ImageRef, Restart
+
+ROOT = Caller(uid=0, gid=0)
+JOB = Job(id=1, verb="restart", object="nodes/n1", node="n1", uid=0, words="blast/v1", started=1e9)
+WORDS = Restart(image=ImageRef("blast", "v1"))
+
+
+async def make(images: Images, pages: bytes) -> Image:
+    """Make blast/v1, whole but for a pstree.img that the engine would not take."""
+    async with images.spool(1, "blast") as spool:
+        (Path(spool.path) / "pages-1.img").write_bytes(pages)
+        (Path(spool.path) / "pstree.img").write_bytes(b"tree")
+        stat = Path(spool.path).stat()
+        manifest = Manifest(
+            app="blast", version=1, created=1e9, uid=stat.st_uid, gid=stat.st_gid, root=4242
+        )
+        await spool.seal(manifest)
+        return names.image_of(await spool.publish(1), own=True)
+
+
+async def test_an_image_that_was_put_in_anothers_place_is_not_restarted(tmp_path: Path) -> None:
+    images = await Images.open(tmp_path / "store")
+    state = State(MemoryStore(), "n1")
+    known = {"state": state, "images": images}
+    parts = Parts._make(known.get(field) for field in Parts._fields)
+
+    async def refusal(image: Image) -> str:
+        job = Running(state, JOB, ROOT, frozenset())
+        with pytest.raises(Damaged) as caught, trio.fail_after(5):
+            await restart.restart(parts, job, App(name="blast", uid=0), image, WORDS)
+        return caught.value.message
+
+    committed = await make(images, b"one")
+    assert "pstree.img does not begin as CRIU's do" in await refusal(committed)
+    assert state.images == {}
+
+    await images.remove("blast", 1)
+    other = await make(images, b"two")
+    assert await images.verify("blast", 1) == ""
+    assert "not the one that was committed; take another version" in await refusal(committed)
+    assert "the one that was committed" in state.images["blast"][1].damaged
+    assert "pstree.img" in await refusal(other)
+    assert "not the one that was committed" in await refusal(replace(other, digest=""))
