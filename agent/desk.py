@@ -130,6 +130,7 @@ class Desk:
                 holds |= {f"app {app.name}"}
                 operation = partial(self._checkpoint, tree=tree, words=command)
             case Freeze(on=True):
+                freeze.refuse_member(tree, request.caller.pid)
                 operation = partial(self._freeze, tree=tree, words=command)
             case Freeze():
                 operation = partial(self._thaw, tree=tree, words=command)
@@ -138,7 +139,7 @@ class Desk:
                 operation = partial(self._signal, tree=tree, words=command)
             case _:
                 raise BadWords(f"{request.verb} is no verb of a process")
-        job = await self._parts.jobs.start(
+        return await self._parts.jobs.start(
             request.verb,
             request.object,
             request.text,
@@ -148,8 +149,6 @@ class Desk:
             uid=tree.credentials[tree.pid].uid,
             beside=beside,
         )
-        job.member = procs.is_member(tree, request.caller.pid)
-        return job
 
     async def _checkpoint(self, job: Running, tree: ProcessTree, words: Checkpoint) -> str:
         return await checkpoint.checkpoint(self._parts, job, tree, words)

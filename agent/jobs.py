@@ -44,7 +44,6 @@ class Running:
         self.caller = caller
         self.holds = holds
         self.frozen = False
-        self.member = False
         self.said = ""
         self.scope = trio.CancelScope()
         self.cancelled_by = ""

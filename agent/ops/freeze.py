@@ -96,13 +96,17 @@ async def let_go(parts: Parts, tree: ProcessTree, frozen: Frozen) -> None:
     parts.state.event("tree.thawed", record_of(parts, tree).uid, pid=tree.pid)
 
 
+def refuse_member(tree: ProcessTree, pid: int) -> None:
+    """Raise PartOfIt when the process is one of the tree."""
+    if procs.is_member(tree, pid):
+        raise PartOfIt(
+            f"process {pid} is part of the tree {tree.pid} that it asks to freeze: nobody would be "
+            "left to write 0; write it from outside the tree"
+        )
+
+
 async def freeze(parts: Parts, job: Running, tree: ProcessTree, words: Freeze) -> str:
     """Freeze the tree until it is told otherwise."""
-    if job.member:
-        raise PartOfIt(
-            f"process {job.caller.pid} is part of the tree {tree.pid} that it asks to freeze: "
-            "nobody would be left to write 0; write it from outside the tree"
-        )
     known = record_of(parts, tree)
     frozen = known.frozen if known.state is TreeState.FROZEN else None
     if frozen is None:

@@ -39,13 +39,13 @@ def small(start: Start) -> Workload:
 
 @contextlib.contextmanager
 def typing(
-    site: Site, script: str, shell: str = "bash", **popen: object
+    site: Site, script: str, shell: str = "bash", stdin_pipe: bool = False, **popen: object
 ) -> Iterator[subprocess.Popen[str]]:
     """A script under way in a shell of its own session, with $K as the mountpoint."""
     process = subprocess.Popen(
         [shell, "-c", script],
         env={**os.environ, "K": str(site.mnt), "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if stdin_pipe else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
