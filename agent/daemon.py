@@ -16,7 +16,8 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import click
@@ -25,7 +26,7 @@ from msgspec.structs import replace
 
 from krgfs import VERSION, facts, wire
 from krgfs.errors import KrgError, Unreachable
-from krgfs.model import Caller, Tree
+from krgfs.model import Caller
 
 from . import figures, keepers, recovery
 from .criu import Engine
@@ -36,13 +37,12 @@ from .images import Images
 from .jobs import Jobs
 from .journal import Journal
 from .mounts import Mounts
-from .ops import freeze
 from .parts import Parts
 from .state import Outbox, State
 from .store_sqlite import SqliteStore
 
 log = logging.getLogger("krg-agent")
-CLAIM_S = 10.0
+CLAIM_S = 5.0
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -52,11 +52,12 @@ class Agent:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._desk = Desk(parts)
-        self._claimed: set[int] = set()
+        self._held = Counter[int]()
 
     async def serve(self, listener: trio.SocketListener) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._thaw_unclaimed)
+            before = {known.holder for known in self._parts.state.trees.values()}
+            nursery.start_soon(self._close_unclaimed, before - {0})
             nursery.start_soon(figures.keep, self._parts)
             await trio.serve_listeners(self._mount, [listener], handler_nursery=nursery)
 
@@ -84,7 +85,7 @@ class Agent:
         )
         log.info("mount.came pid=%d uid=%d", peer.pid, peer.uid)
         holding = set(hello.holding) if peer.is_root else set()
-        self._claimed |= holding
+        self._held.update(holding)
         try:
             async with trio.open_nursery() as nursery:
                 with self._parts.state.mounted() as (outbox, messages):
@@ -93,9 +94,8 @@ class Agent:
                     nursery.start_soon(_forward, messages, channel)
                     await self._answer_all(channel, outbox, peer, nursery, holding)
         finally:
-            with trio.CancelScope(shield=True):
-                for number in holding:
-                    await self._desk.closed(number)
+            self._held.subtract(holding)
+            self._parts.nursery.start_soon(self._close_unclaimed, holding)
 
     async def _answer_all(
         self,
@@ -122,20 +122,22 @@ class Agent:
             job = self._parts.jobs.get(answer.job)
             if job is not None and "while-open" in job.job.words:
                 holding.add(answer.job)
-        if isinstance(request, wire.Closed):
-            holding.discard(request.job)
+                self._held[answer.job] += 1
+        if isinstance(request, wire.Closed) and request.job in holding:
+            holding.remove(request.job)
+            self._held[request.job] -= 1
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             outbox.send_nowait(answer)
 
-    async def _thaw_unclaimed(self) -> None:
-        """Thaw what was frozen while-open through a handle that no mount has any more."""
-        before: list[Tree] = [known for known in self._parts.state.trees.values() if known.holder]
-        if not before:
+    async def _close_unclaimed(self, numbers: Collection[int]) -> None:
+        """Thaw what was frozen while-open through handles that no mount has any more: one that
+        lives comes back within CLAIM_S and says what it holds."""
+        if not numbers:
             return
         await trio.sleep(CLAIM_S)
-        for known in before:
-            if known.holder not in self._claimed:
-                await freeze.thaw_record(self._parts, known, "nobody holds its file open any more")
+        for number in numbers:
+            if not self._held[number]:
+                await self._desk.closed(number)
 
 
 async def _forward(
@@ -200,15 +202,16 @@ async def assembled(
     try:
         state = State(store, node)
         await state.load(facts.BOOT_ID)
+        thawing = Freezer.find(freezer)
         yield Parts(
             state=state,
             journal=Journal(store, facts.BOOT_ID),
             images=await Images.open(os.path.join(state_dir, "images")),
             engine=engine,
-            freezer=Freezer.find(freezer),
+            freezer=thawing,
             mounts=Mounts(),
             jobs=Jobs(state, nursery),
-            ends=Ends(state, nursery),
+            ends=Ends(state, thawing, nursery),
             nursery=nursery,
             engines=trio.CapacityLimiter(max(2, os.cpu_count() or 2)),
             run_dir=run_dir,
@@ -221,8 +224,8 @@ async def assembled(
 
 
 async def run(state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str) -> None:
-    """Be the agent until SIGTERM. Jobs that run then are left to the next agent, as after a crash:
-    nothing of a user is ended or waited for."""
+    """Be the agent until SIGTERM. Jobs that run then let go what they froze, which waits for a CRIU
+    at work; the next agent says what became of them. Nothing of a user is ended."""
     async with trio.open_nursery() as nursery:
 
         async def end_on_signal() -> None:

@@ -1,7 +1,7 @@
 """Notices when a tree's root ends: one task waits on a pidfd for each tree that has a record.
 
-For a tree under a keeper the exit status is kept; of any other only that it has ended is known (its
-status is its parent's).
+What froze it is removed with it. For a tree under a keeper the exit status is kept; of any other
+only that it has ended is known (its status is its parent's).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from krgfs.errors import KrgError
 from krgfs.model import ProcessId, Tree, TreeState
 
 from . import keepers, procs
+from .freezer import Freezer
 from .state import State
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 class Ends:
     """The watch over all trees that the agent has dealt with."""
 
-    def __init__(self, state: State, nursery: trio.Nursery) -> None:
+    def __init__(self, state: State, freezer: Freezer, nursery: trio.Nursery) -> None:
         self._state = state
+        self._freezer = freezer
         self._nursery = nursery
         self._watched: dict[ProcessId, trio.Event] = {}
 
@@ -63,9 +65,11 @@ class Ends:
         known = self._state.tree(tree.id.pid, tree.id.start)
         if known is None or known.ended:
             return
+        if known.frozen is not None:
+            await self._freezer.thaw(known.frozen)
 
         def ended() -> list[Tree]:
             now = self._state.tree(tree.id.pid, tree.id.start) or known
-            return [msgspec.structs.replace(now, state=TreeState.ENDED, ended=how)]
+            return [msgspec.structs.replace(now, state=TreeState.ENDED, ended=how, frozen=None)]
 
         await self._state.update(ended)

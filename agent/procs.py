@@ -90,7 +90,7 @@ def process_id(task: Task) -> ProcessId:
 
 def is_live(task: Task) -> bool:
     """Tell whether a process runs code: one whose first thread ended shows as a zombie and does."""
-    return not task.is_zombie or task.threads > 1
+    return task.is_live
 
 
 def title(task: Task) -> str:

@@ -139,7 +139,13 @@ class Task(NamedTuple):
 
     @property
     def is_zombie(self) -> bool:
+        """Tell whether the first thread has ended; others may still run."""
         return self.state in "ZX"
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether any thread of it runs code."""
+        return not self.is_zombie or self.threads > 1
 
     @property
     def started(self) -> float:
@@ -206,7 +212,7 @@ def _task(pid: int, raw: bytes) -> Task:
 def is_alive(pid: int, start: int) -> bool:
     """Tell whether that very process exists and has not ended (a zombie has)."""
     found = task(pid)
-    return found is not None and found.start == start and not found.is_zombie
+    return found is not None and found.start == start and found.is_live
 
 
 def descends(pid: int, pids: Collection[int]) -> bool:
@@ -249,7 +255,7 @@ def ids(pid: int) -> Ids | None:
 
 
 def owner(pid: int) -> tuple[int, int] | None:
-    """Return uid and gid of /proc/PID: what ps shows; root for processes that hide themselves."""
+    """Return uid and gid of /proc/PID: the effective ones, which ps shows."""
     try:
         found = os.stat(f"/proc/{pid}")
     except OSError:

@@ -136,6 +136,11 @@ def node_of(sight: Sight, place: Place) -> str:
     return node
 
 
+def _is_kept(known: Tree) -> bool:
+    """Tell whether a process that has ended is still shown: how it ended is kept, or will be."""
+    return bool(known.ended) or known.keeper is not None
+
+
 def version_of(sight: Sight, app: str, name: str) -> Image | Import | None:
     """Return the committed image or the import that a name in images/APP stands for."""
     match = VERSION.match(name)
@@ -178,7 +183,7 @@ def _find_pid(sight: Sight, place: Place, name: str) -> tuple[int, int] | None:
     found = facts.task(int(name))
     if found is None:
         known = sight.view.trees.get(int(name))
-        return (known.id.pid, known.id.start) if known and known.ended else None
+        return (known.id.pid, known.id.start) if known and _is_kept(known) else None
     if found.is_kernel_thread or found.pid in _keepers(sight):
         return None
     return found.pid, found.start
@@ -593,7 +598,7 @@ def is_there(sight: Sight, place: Place) -> bool:
         if facts.exists(args[-2], args[-1]):
             return True
         known = tree_of(sight, place)
-        return known is not None and bool(known.ended)
+        return known is not None and _is_kept(known)
     if row.path.startswith("nodes/NODE"):
         return args[0] in sight.view.nodes
     if row.path.startswith("jobs/JOB"):
