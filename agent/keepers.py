@@ -16,6 +16,7 @@ import shutil
 import signal as signals
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from . import procs
 from .procs import Hierarchy
 
 CGROUP_PARENT = "krgfs"
+STALE_S = 60.0  # from making a cgroup to joining it takes milliseconds
 MODES = ("r", "w", "a")
 POLL_S = 0.002
 
@@ -369,15 +371,28 @@ def own_cgroups(
     """Make PARENT/krg-APP-NUMBER in every hierarchy that freezes or that systemd tells services by;
     returns their cgroup.procs. Where cgroups cannot be made the tree stays in the agent's.
 
-    None is shared: one that is there (of another agent on this machine) is passed over.
+    None is shared: one that is there (of another agent on this machine) is passed over. Those that
+    trees have left behind meanwhile are removed.
     """
     mounts = [each.mount for each in hierarchies if each.groups_processes]
+    for mount in mounts:
+        _sweep(os.path.join(mount, parent))
     for turn in itertools.count(1):
         name = f"{procs.LEAF_PREFIX}{app}-{number}" + (f"~{turn}" if turn > 1 else "")
         places = [os.path.join(mount, parent, name) for mount in mounts]
         if not any(map(os.path.exists, places)):
             return tuple(f"{place}/cgroup.procs" for place in places if _made(place))
     raise AssertionError("unreachable")
+
+
+def _sweep(parent: str) -> None:
+    """Remove our cgroups that are empty, but none that somebody may be about to join."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for each in entries:
+            if each.name.startswith(procs.LEAF_PREFIX):
+                with contextlib.suppress(OSError):
+                    if time.time() - each.stat().st_mtime > STALE_S:
+                        os.rmdir(each.path)
 
 
 def _made(place: str) -> bool:

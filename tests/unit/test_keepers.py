@@ -170,6 +170,16 @@ def test_a_cgroup_of_its_own(mounts: tuple[Hierarchy, ...], tmp_path: Path) -> N
     assert os.listdir(tmp_path / "unified" / "krgfs") == ["krg-blast-7~2"]
 
 
+def test_cgroups_left_behind(mounts: tuple[Hierarchy, ...], tmp_path: Path) -> None:
+    parent = tmp_path / "unified" / "krgfs"
+    for name in ("krg-old-1", "krg-new-2", "krg-used-3/in-use", "other-4"):
+        os.makedirs(parent / name)
+    for name in ("krg-old-1", "krg-used-3", "other-4"):
+        os.utime(parent / name, (0, 0))
+    keepers.own_cgroups("blast", 7, mounts)
+    assert sorted(os.listdir(parent)) == ["krg-blast-7", "krg-new-2", "krg-used-3", "other-4"]
+
+
 def test_where_no_cgroup_can_be_made(mounts: tuple[Hierarchy, ...], tmp_path: Path) -> None:
     (tmp_path / "unified" / "krgfs").write_text("in the way")
     assert keepers.own_cgroups("blast", 7, mounts) == (
