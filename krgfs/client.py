@@ -155,7 +155,10 @@ class Client:
                 f"the agent of this node did not answer in {ANSWER_S:.0f} s"
             ) from None
         except trio.EndOfChannel:
-            raise Unreachable("the agent of this node ended before it answered") from None
+            raise Unreachable(
+                "the agent of this node ended before it answered; whether it had taken the command "
+                "is in /krg/log when it is back"
+            ) from None
         finally:
             self._answers.pop(number, None)
         if isinstance(answer, wire.Failed):

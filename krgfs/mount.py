@@ -33,9 +33,9 @@ NICE = -5
 
 
 def is_dead_mount(path: str) -> bool:
-    """Tell whether a FUSE mount is there whose daemon has ended."""
+    """Tell whether a FUSE mount is there whose daemon has ended (stat(2) may not ask it)."""
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as exc:
         return exc.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
     return False

@@ -47,8 +47,8 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
                 image = await _make_image(parts, job, tree, words, app, ends, frozen, intent)
                 await afterwards(parts, job, tree, words.then, frozen)
     except BaseException as exc:
-        if isinstance(exc, KrgError) and exc.fate is None:
-            exc.fate = procs.fate(tree)
+        if isinstance(exc, KrgError):
+            exc.fate = procs.fate(tree)  # what it was while we held it is past
         with trio.CancelScope(shield=True):
             await note_failure(parts, tree, exc)
         raise
@@ -144,7 +144,7 @@ async def _keep(
     """Make an image of what CRIU has written; durable on return."""
     version = parts.state.apps.get(app.name, app).next_version
     manifest = _manifest(parts, tree, words, app, version, ends, report, spool)
-    job.phase(Phase.STORING, freeze_ms=report.frozen_ms)
+    job.phase(Phase.STORING, freeze_ms=report.frozen_ms, downtime_ms=report.frozen_ms)
     await spool.seal(
         manifest,
         description=_description(manifest),

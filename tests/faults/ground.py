@@ -57,8 +57,9 @@ class Write:
         return word, line.strip()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        """End the process, and let go of it."""
+        with self.process:
+            self.process.kill()
 
 
 class Ground:
@@ -142,6 +143,12 @@ class Ground:
 
     def kill_agent(self) -> None:
         self.site.stop_agent(signal.SIGKILL)
+
+    def kill_engines(self) -> None:
+        """Kill the CRIUs that are at work for this site; one has to be."""
+        for pid in until(lambda: engines(self.site), "CRIU at work"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def agent_again(self, *options: str) -> None:
         """Start the agent, and return when the mount has heard it."""
@@ -250,8 +257,7 @@ class Ground:
 
     def close(self) -> None:
         for each in self._writes:
-            if each.process.poll() is None:
-                each.kill()
+            each.kill()
         if self.workload is not None:
             self.workload.close()
 

@@ -27,10 +27,9 @@ class Doomed:
         here.site.stop_agent()
         here.agent_again()
 
-    def dies_at(self, moment: str, number: int, path: str, line: str) -> bool:
-        """Write a line and have the agent die; tells whether it did before the write was through.
-
-        On return an agent runs that is not doomed.
+    def dies_at(self, moment: str, number: int, path: str, line: str) -> tuple[bool, str]:
+        """Write a line and have the agent die; returns whether it did before the write was through,
+        and what the writer was answered: `ok` or an errno. An agent runs then that is not doomed.
         """
         self._hit.unlink(missing_ok=True)
         self._file.write_text(f"{moment} {number}")
@@ -44,8 +43,7 @@ class Doomed:
             agent.wait()
             self.here.site.stop_agent()
             self.here.agent_again()
-        writer.outcome()
-        return hit
+        return hit, writer.outcome()[0]
 
 
 @pytest.fixture
@@ -71,8 +69,10 @@ def test_a_checkpoint(doom: Doomed, moment: str, then: str) -> None:
     here.checkpoint()
 
     def once(number: int) -> bool:
-        hit = doom.dies_at(moment, number, here.of("checkpoint"), f"then={then}")
+        before = here.images()
+        hit, word = doom.dies_at(moment, number, here.of("checkpoint"), f"then={then}")
         here.wait_over(here.last_job())
+        assert word == "EHOSTUNREACH" or (word == "ok") == (len(here.images()) > len(before))
         is_frozen = here.site.facts(here.of("status")).get("state") == "frozen"
         assert not is_frozen or then == "freeze"
         here.is_sound(frozen=is_frozen)
@@ -93,7 +93,9 @@ def test_a_restart(doom: Doomed, moment: str) -> None:
     def once(number: int) -> bool:
         ref = here.checkpoint("then=kill")
         here.gone()
-        hit = doom.dies_at(moment, number, "restart", ref)
+        hit, word = doom.dies_at(moment, number, "restart", ref)
+        here.wait_over(here.last_job())
+        assert word == "EHOSTUNREACH" or (word == "ok") == bool(here.work.tasks())
         here.is_sound()
         return hit
 
@@ -105,18 +107,21 @@ def test_a_restart(doom: Doomed, moment: str) -> None:
 def test_freeze_and_thaw(doom: Doomed, moment: str) -> None:
     here = doom.here
     here.begin("counter")
+    here.checkpoint()
+
+    def state(word: str, wanted: bool) -> bool:
+        here.wait_over(here.last_job())
+        frozen = here.site.read(here.of("freeze")).startswith("frozen")
+        assert word == "EHOSTUNREACH" or (word == "ok") == (frozen == wanted), (word, frozen)
+        here.is_sound(frozen=frozen)
+        return frozen
 
     def once(number: int) -> bool:
-        hit = doom.dies_at(moment, number, here.of("freeze"), "1")
-        here.wait_over(here.last_job())
-        frozen = here.job(here.last_job())["phase"] == "done"
-        here.is_sound(frozen=frozen)
-        if not frozen:
+        hit, word = doom.dies_at(moment, number, here.of("freeze"), "1")
+        if not state(word, True):
             here.tell(here.of("freeze"), "1")
-        hit_again = doom.dies_at(moment, number, here.of("freeze"), "0")
-        here.wait_over(here.last_job())
-        if here.job(here.last_job())["phase"] != "done":
-            here.is_sound(frozen=True)
+        hit_again, word = doom.dies_at(moment, number, here.of("freeze"), "0")
+        if state(word, False):
             here.tell(here.of("freeze"), "0")
         here.is_sound()
         return hit or hit_again

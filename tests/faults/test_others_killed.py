@@ -1,0 +1,111 @@
+"""kill -9 of the mount, of CRIU, of the caller, and of the agent while an image comes to life."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.faults.ground import Ground, engines
+from tests.sites import until
+
+LARGE = ("300", "0.01", "0.5")
+
+
+@pytest.mark.parametrize("phase", ["dumping", "storing"])
+def test_a_checkpoint_goes_on_when_the_mount_is_killed(here: Ground, phase: str) -> None:
+    here.begin("memory", *LARGE)
+    writer = here.write(here.of("checkpoint"), "1")
+    here.wait_phase(1, phase)
+    here.site.stop_mount(signal.SIGKILL)
+    assert writer.outcome()[0] != "ok"
+    here.site.start_mount()
+    assert here.wait_over(1)["phase"] == "done"
+    assert len(here.images()) == 1
+    here.is_sound()
+
+
+@pytest.mark.parametrize("then", ["run", "kill", "freeze"])
+def test_a_killed_criu_leaves_the_tree_running(here: Ground, then: str) -> None:
+    here.begin("memory", *LARGE)
+    first = here.checkpoint()
+    writer = here.write(here.of("checkpoint"), f"then={then}")
+    here.wait_phase(2, "dumping")
+    here.kill_engines()
+    word, said = writer.outcome()
+    assert word == "EIO" and "ended by signal KILL" in said, (word, said)
+    assert here.wait_over(2)["fate"] == "running"
+    assert here.images() == [first]
+    here.is_sound()
+
+
+def test_a_tree_that_its_user_froze_stays_frozen_when_criu_is_killed(here: Ground) -> None:
+    here.begin("memory", *LARGE)
+    here.tell(here.of("freeze"), "1")
+    writer = here.write(here.of("checkpoint"), "1")
+    here.wait_phase(2, "dumping")
+    here.kill_engines()
+    assert writer.outcome()[0] == "EIO"
+    here.is_sound(frozen=True)
+    here.tell(here.of("freeze"), "0")
+    here.is_sound()
+
+
+def test_agent_and_criu_killed_together(here: Ground) -> None:
+    here.begin("memory", *LARGE)
+    writer = here.write(here.of("checkpoint"), "then=kill")
+    here.wait_phase(1, "dumping")
+    until(lambda: engines(here.site), "CRIU at work")
+    here.kill_agent()
+    here.kill_engines()
+    here.agent_again()
+    assert writer.outcome()[0] == "EIO"
+    assert here.wait_over(1)["fate"] == "running"
+    here.is_sound()
+
+
+@pytest.mark.parametrize("phase", ["dumping", "storing"])
+def test_a_killed_caller_cancels_its_checkpoint(here: Ground, phase: str) -> None:
+    here.begin("memory", *LARGE)
+    writer = here.write(here.of("checkpoint"), "then=kill")
+    here.wait_phase(1, phase)
+    writer.kill()
+    job = here.wait_over(1)
+    assert job["phase"] == "cancelled" and here.work.alive(), job
+    assert here.images() == []
+    here.is_sound()
+
+
+def test_the_next_agent_adopts_a_tree_that_comes_to_life(here: Ground) -> None:
+    here.begin("memory", *LARGE)
+    ref = here.checkpoint("then=kill")
+    here.gone()
+    writer = here.write("restart", ref)
+    here.wait_phase(2, "restoring")
+    until(lambda: engines(here.site), "CRIU at work")
+    here.kill_agent()
+    here.agent_again()
+    word, said = writer.outcome()
+    assert (word, said) == ("ok", f"pid {here.work.pid}"), (word, said)
+    assert here.site.facts(here.of("status"))["app"] == ref.partition("/")[0]
+    assert here.write("restart", ref).outcome()[0] == "EEXIST"
+    here.is_sound()
+    pid = here.work.pid
+    assert here.work.finish() == "PASS"
+    until(lambda: here.site.read(f"procs/{pid}/wait").startswith("exit 0"), "its exit status")
+
+
+def test_the_next_agent_says_that_nothing_came_to_life(here: Ground) -> None:
+    here.begin("memory", *LARGE)
+    ref = here.checkpoint("then=kill")
+    here.gone()
+    writer = here.write("restart", ref)
+    here.wait_phase(2, "restoring")
+    until(lambda: engines(here.site), "CRIU at work")
+    here.kill_agent()
+    here.kill_engines()
+    here.agent_again()
+    word, said = writer.outcome()
+    assert word == "EIO" and "nothing of it runs" in said, (word, said)
+    assert not here.work.tasks()
+    here.is_sound()
