@@ -198,7 +198,7 @@ def test_a_write_begun_again_after_a_caught_signal_joins_its_job(shared_site: Si
 
 
 def test_a_caught_signal_without_another_try_cancels(shared_site: Site) -> None:
-    with large() as pid, sleeper() as other:
+    with large(2000) as pid, sleeper() as other:  # not over within the second of grace
         script = (
             "import ctypes, os, signal, sys\n"
             "signal.signal(signal.SIGALRM, lambda *_: None)\n"
