@@ -26,6 +26,7 @@ class Why(enum.Enum):
     FATAL = "a signal ends the caller"
     CAUGHT = "a signal waits for the caller"
     FREEZE = "the caller is about to be frozen"
+    END = "the mount ends"
 
 
 class Waiting:
@@ -76,6 +77,7 @@ class Blocked:
         self._waiting: set[Waiting] = set()
         self._brief: Counter[int] = Counter()
         self._held: dict[int, frozenset[int]] = {}
+        self._is_ending = False
         self._left = trio.Event()
         self._came = trio.Event()
 
@@ -85,6 +87,8 @@ class Blocked:
         entry = Waiting(caller, ending)
         if self.is_held(caller.pid):
             entry.answer(Why.FREEZE)
+        if self._is_ending:
+            entry.answer(Why.END)
         self._waiting.add(entry)
         self._came.set()
         try:
@@ -131,6 +135,12 @@ class Blocked:
     def resume_all(self) -> None:
         """The agent is gone: nobody is about to be frozen any more."""
         self._held.clear()
+
+    def end(self) -> None:
+        """Answer all that wait, and from now on everybody at once: the mount ends."""
+        self._is_ending = True
+        for each in tuple(self._waiting):
+            each.answer(Why.END)
 
     async def watch(self) -> None:
         """Look at the signals of all blocked writers until cancelled; idle when there is none."""

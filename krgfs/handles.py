@@ -17,10 +17,20 @@ from typing import NamedTuple
 
 import trio
 
-from . import facts, tree, wire
+from . import facts, render, tree, wire
 from .blocked import Blocked, Why
 from .client import Client
-from .errors import BadWords, Busy, Cancelled, Gone, KrgError, PartOfIt, Unsupported, name_of
+from .errors import (
+    BadWords,
+    Busy,
+    Cancelled,
+    Gone,
+    KrgError,
+    PartOfIt,
+    Unreachable,
+    Unsupported,
+    name_of,
+)
 from .model import Caller, Job, Phase
 from .tree import Kind, Place, Sight
 from .verbs import MAX_BYTES, Checkpoint, Command, Freeze, Restart, Wait, parse
@@ -42,6 +52,7 @@ class Handle:
         self.place = place
         self.caller = caller
         self.job = 0
+        self.last_job = 0
         self.wrote = False
         self.notify: Callable[[], None] | None = None
         self.seen = 0
@@ -155,6 +166,9 @@ class Handles:
         return handle.place.row.render(self._sight(handle.caller), handle.place)
 
     async def _content(self, handle: Handle) -> bytes:
+        job = self._client.view.jobs.get(handle.last_job)
+        if job is not None and handle.place.row.verb == "restart":
+            return f"{render.read_back(job)}\n".encode()
         content = self._rendered(handle)
         is_verb = handle.place.row.kind is Kind.VERB
         if content and not is_verb:
@@ -295,6 +309,7 @@ class Handles:
             accepted = await self._client.submit(
                 caller, place.row.verb, self._object(handle), text, start
             )
+        handle.last_job = accepted.job
         if isinstance(command, Freeze) and command.while_open:
             handle.job = accepted.job
         if accepted.member or _returns_at_once(command):
@@ -326,6 +341,8 @@ class Handles:
             if job.errno:
                 raise _error_of(job)
             return
+        if waiting.why is Why.END:
+            raise Unreachable(f"the mount ends; jobs/{number} goes on")
         if waiting.why is Why.FREEZE:
             raise Cancelled(f"you are about to be frozen yourself; jobs/{number} goes on")
         await self._client.call(
@@ -344,6 +361,8 @@ class Handles:
                 while self._status_is_due(handle):
                     await self._client.changed()
             over = True
+        if waiting.why is Why.END:
+            raise Unreachable(f"the mount ends; process {pid} goes on")
         if not over:
             raise Cancelled(f"{waiting.why and waiting.why.value}; process {pid} goes on")
 

@@ -30,6 +30,8 @@ FS_IOC_SETFLAGS = 0x40086602
 FS_IMMUTABLE_FL = 0x10
 MOUNTED = {"fsname=krg", "subtype=krgfs", "allow_other", "default_permissions"}
 NICE = -5
+ANSWERING_S = 0.05
+ENDING_S = 2.0
 
 
 def is_dead_mount(path: str) -> bool:
@@ -98,7 +100,11 @@ async def _serve(mount: Mount, mountpoint: str) -> None:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for number in signals:
                     log.info("mount.ending path=%s signal=%d", mountpoint, number)
+                    mount.blocked.end()
+                    await trio.sleep(ANSWERING_S)
                     pyfuse3.terminate()
+                    await trio.sleep(ENDING_S)
+                    nursery.cancel_scope.cancel()  # what waits for the agent still
                     return
 
         nursery.start_soon(end_on_signal)

@@ -68,6 +68,7 @@ class Ground:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.workload: Workload | None = None
+        self._mounts = mounts(site)
         self._tables = tables()
         self._writes: list[Write] = []
 
@@ -168,7 +169,7 @@ class Ground:
         self._jobs_are_over()
         assert not engines(self.site), f"CRIU is still at work: {engines(self.site)}"
         roots = self._lives_once(frozen)
-        assert mounts(self.site) == [str(self.site.mnt)]
+        assert mounts(self.site) == self._mounts
         until(lambda: not tables() - self._tables, "firewall tables as before")
         if not frozen:
             assert not self._leaves(), self._leaves()
@@ -275,9 +276,9 @@ def ground(site: Site) -> Iterator[Ground]:
 
 
 def mounts(site: Site) -> list[str]:
-    """Return what is mounted for a site (proc_pid_mountinfo(5)), which is to be its /krg alone."""
+    """Return what is mounted below a site's directory (proc_pid_mountinfo(5))."""
     with open("/proc/self/mountinfo") as lines:
-        return [line.split()[4] for line in lines if str(site.base) in line]
+        return sorted(line.split()[4] for line in lines if str(site.base) in line)
 
 
 def tables() -> set[str]:
