@@ -17,7 +17,16 @@ import zstandard
 from msgspec.structs import replace
 
 from krgfs import verbs, wire
-from krgfs.errors import BadWords, Busy, Damaged, Exists, Gone, KrgError, NotYours, Withdrawn
+from krgfs.errors import (
+    BadWords,
+    Busy,
+    Damaged,
+    Exists,
+    Gone,
+    KrgError,
+    NotYours,
+    Withdrawn,
+)
 from krgfs.model import App, Caller, Image, Import, Tree
 from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
 
@@ -90,14 +99,13 @@ class Desk:
             return wire.Accepted(id=request.id, job=job.id)
         tree = procs.look(_number(request.object), request.start)
         procs.may(caller, tree)
-        job = await self._joined(request) or await self._on_tree(request, command, tree)
         is_member = procs.is_member(tree, caller.pid)
+        joined = await self._joined(request, request.object)
+        job = joined or await self._on_tree(request, command, tree)
         return wire.Accepted(id=request.id, job=job.id, member=is_member)
 
-    async def _joined(self, request: wire.Submit) -> Running | None:
-        return await self._parts.jobs.joined(
-            request.caller, request.verb, request.object, request.text
-        )
+    async def _joined(self, request: wire.Submit, object: str) -> Running | None:
+        return await self._parts.jobs.joined(request.caller, request.verb, object, request.text)
 
     async def _restart(self, request: wire.Submit, command: Restart) -> Running:
         for name in tuple(self._state.imports.get(command.image.app, ())):
@@ -105,12 +113,13 @@ class Desk:
             await self._close_file(request.caller, command.image.app, name)
         app, image = names.resolve(self._state, command.image)
         _may_use(request.caller, app, image)
-        if joined := await self._joined(request):
+        object = f"images/{image.ref}"
+        if joined := await self._joined(request, object):
             return joined
         holds: frozenset[int | str] = frozenset({f"app {app.name}", f"image {image.ref}"})
         return await self._parts.jobs.start(
             request.verb,
-            request.object,
+            object,
             request.text,
             request.caller,
             holds,
@@ -317,11 +326,6 @@ class Desk:
 
 def _nothing(number: int) -> list[Tree]:
     return []
-
-
-def unclaimed(trees: dict[int, Tree], claimed: set[int]) -> list[Tree]:
-    """Return the trees that are frozen while-open by a handle that no mount holds any more."""
-    return [known for known in trees.values() if known.holder and known.holder not in claimed]
 
 
 def _may_use(caller: Caller, app: App, image: Image) -> None:

@@ -50,8 +50,8 @@ def app_for(state: State, tree: ProcessTree, name: str) -> App:
             )
         return app
     known = state.tree(tree.id.pid, tree.id.start)
-    if known is not None and known.app in state.apps:
-        return state.apps[known.app]
+    if known is not None and known.app:  # also where all its images were removed meanwhile
+        return state.apps.get(known.app) or App(name=known.app, uid=uid, gid=gid)
     return _unnamed(state, tree, uid, gid)
 
 

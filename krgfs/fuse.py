@@ -20,7 +20,7 @@ from pyfuse3 import FileHandleT, InodeT
 from . import facts, tree, wire
 from .blocked import Blocked
 from .client import Client
-from .errors import KrgError
+from .errors import Gone, KrgError, NotYours
 from .handles import Handles
 from .inodes import Inodes
 from .model import Caller, Image, ImageFile, Import, View
@@ -121,7 +121,7 @@ class Mount(pyfuse3.Operations):
     async def _know(self, place: Place, ctx: pyfuse3.RequestContext) -> None:
         """Have the listing of a version at hand before its names are looked up."""
         if place.row.path == "images/APP/VERSION" and place.args not in self.client.listings:
-            with suppress(KrgError):
+            with suppress(Gone, NotYours):  # an empty directory would be taken for an empty image
                 await self.client.files(self._caller(ctx), *place.args)
 
     # -- names
@@ -370,6 +370,7 @@ class Mount(pyfuse3.Operations):
         text = name.decode("utf-8", "surrogateescape")
         if place.row.path == "images":
             await self.client.call(wire.MakeApp, self._caller(ctx), app=text)
+            self._hidden.clear()
         elif place.row.path == "images/APP":
             (app,) = place.args
             await self.client.call(wire.BeginImport, self._caller(ctx), app=app, name=text)

@@ -30,7 +30,7 @@ def readme(rows: Iterable[tuple[str, str]]) -> bytes:
         short = path.replace("nodes/NODE/procs/PID", "procs/PID")
         lines.append(f"  {short}\n      {text}\n" if len(text) > 50 else f"  {short:<26}{text}\n")
     return (
-        "krgfs: checkpoint, restart and migration of processes, as files.\n\n"
+        "krgfs: checkpoint and restart of processes, as files.\n\n"
         + "".join(lines)
         + "\n  echo 1 > /krg/procs/PID/checkpoint     freeze, dump, thaw; returns when durable\n"
         "  cat /krg/procs/PID/checkpoint          APP/vN\n"

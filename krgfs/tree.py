@@ -26,7 +26,6 @@ class Sight(NamedTuple):
     uid: int = 0
     pid: int = 0
     files: Mapping[tuple[str, str], Mapping[str, ImageFile]] = {}
-    hide_pids: bool = False
 
 
 class Kind(enum.Enum):
@@ -346,7 +345,7 @@ TABLE: tuple[Row, ...] = (
         "nodes/NODE/state",
         Kind.STATE,
         0o444,
-        "online | failed | left, and what belongs to it",
+        "online | failed, and the number of unmanaged processes",
         lambda sight, place: render.node_state(sight.view, place.args[0]),
     ),
     Row(
@@ -420,7 +419,7 @@ TABLE: tuple[Row, ...] = (
         f"{_PROC}/wait",
         Kind.VERB,
         0o600,
-        "w 1: returns when it has ended; r: running | exit N | signal NAME; poll(2)",
+        "w 1: returns when it has ended; r: running | exit N | signal NAME | ended; poll(2)",
         lambda sight, place: render.wait_state(
             place.args[-2], place.args[-1], tree_of(sight, place)
         ),
