@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent import criu, criu_images, criu_options, criu_words
-from agent.criu_images import BYTES, FIXED32, FIXED64, VARINT, Field
+from agent import criu, criu_format, criu_images, criu_options, criu_words
+from agent.criu_format import BYTES, FIXED32, FIXED64, VARINT, Field
 from agent.criu_options import Option, Substitute
 from agent.outside import End
 from agent.procs import ProcessTree
@@ -150,7 +150,7 @@ def varint(number: int, value: int) -> Field:
 
 
 def image(path: Path, magics: tuple[int, ...], *entries: list[Field]) -> None:
-    body = b"".join(struct.pack("<I", len(raw)) + raw for raw in map(criu_images.build, entries))
+    body = b"".join(struct.pack("<I", len(raw)) + raw for raw in map(criu_format.build, entries))
     path.write_bytes(b"".join(struct.pack("<I", magic) for magic in magics) + body)
 
 
@@ -160,7 +160,7 @@ PAGEMAP = (criu_images.COMMON_MAGIC, criu_images.PAGEMAP_MAGIC)
 
 
 def file_entry(number: int, fields: list[Field]) -> list[Field]:
-    return [varint(1, 17), varint(2, 1), Field(number, BYTES, criu_images.build(fields))]
+    return [varint(1, 17), varint(2, 1), Field(number, BYTES, criu_format.build(fields))]
 
 
 def pipe(inode: int, flags: int) -> list[Field]:
@@ -180,13 +180,13 @@ def test_a_message_is_put_together_as_it_was() -> None:
         Field(4, FIXED32, b"1234"),
         Field(5, FIXED64, b"12345678"),
     ]
-    assert criu_images.parse(criu_images.build(fields)) == fields
+    assert criu_format.parse(criu_format.build(fields)) == fields
 
 
 @pytest.mark.parametrize("raw", [b"\x08", b"\x0a\x05ab", b"\x0b", b"\x08" + b"\xff" * 11])
 def test_no_message(raw: bytes) -> None:
     with pytest.raises(Damaged):
-        criu_images.parse(raw)
+        criu_format.parse(raw)
 
 
 def test_statistics(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_which_ids_a_restore_takes(tmp_path: Path) -> None:
     assert shape.root == 10 and not shape.is_session_leader
     assert shape.ids == {10, 11, 12, 13, 14}, "not the session outside, nor a zombie's by chance"
     image(tmp_path / "pstree.img", FILES)
-    with pytest.raises(Damaged, match="not the image file"):
+    with pytest.raises(Damaged, match="does not begin as CRIU's"):
         criu_images.shape(tmp_path)
 
 
