@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ def cramped() -> Iterator[Ground]:
             yield made
     finally:
         subprocess.run(["umount", "-l", str(site.state)], check=False, capture_output=True)
+        shutil.rmtree(site.base, ignore_errors=True)
 
 
 def test_a_full_disk_costs_nothing_but_the_attempt(cramped: Ground) -> None:
