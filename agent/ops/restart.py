@@ -36,13 +36,14 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
             plan = criu.restore_plan(
                 parts.engine, manifest, path, words, job.caller, private, directory
             )
-            with trio.CancelScope(shield=True):
-                async with intent.noted(KeeperStarted(directory)):
-                    try:
-                        launched = await keepers.launch(parts.keeper, directory, plan)
-                    finally:
+            async with intent.noted(KeeperStarted(directory)):
+                try:
+                    launched = await keepers.launch(parts.keeper, directory, plan)
+                finally:
+                    with trio.CancelScope(shield=True):
                         job.said = await criu.kept_words(directory, parts.job_log(job.id))
-                    # ---- commit: the tree runs; from here it is the app's incarnation
+                # ---- commit: the tree runs; from here it is the app's incarnation
+                with trio.CancelScope(shield=True):
                     line = await _commit(parts, job, app, image, launched, directory)
     return line
 

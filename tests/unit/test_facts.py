@@ -28,7 +28,8 @@ def test_recent_reads_what_is_now_and_keeps_its_descriptors(child: subprocess.Po
     assert recent.stat(child.pid)
     before = descriptors()
     for _ in range(50):
-        assert facts.tree(child.pid, recent) == facts.tree(child.pid)
+        (seen,) = facts.tree(child.pid, recent)
+        assert (seen.pid, seen.ppid) == (child.pid, os.getpid())
     assert descriptors() == before
     child.send_signal(19)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
