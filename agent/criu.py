@@ -22,12 +22,21 @@ import trio
 import zstandard
 
 from krgfs import facts
-from krgfs.errors import EngineFailed, Fate, Gone, KrgError
+from krgfs.errors import EngineFailed, Exists, Fate, Gone, KrgError
 from krgfs.facts import Ids, Task
 from krgfs.model import Caller, Frozen
 from krgfs.verbs import Checkpoint, ImageRef, Restart, image_ref, signal_name
 
-from . import criu_images, criu_options, criu_run, criu_words, keepers, outside, procs
+from . import (
+    criu_images,
+    criu_network,
+    criu_options,
+    criu_run,
+    criu_words,
+    keepers,
+    outside,
+    procs,
+)
 from .criu_options import Option, Substitute
 from .criu_run import LastWord, Started
 from .keepers import Inherit, LaunchFailed, Owner, Plan
@@ -40,7 +49,7 @@ FETCHED = "/usr/local/lib/krgfs/criu/usr/sbin/criu"  # by contrib/fetch-criu
 FEATURES = ("mem_dirty_track", "network_lock_nftables", "pagemap_scan", "timens", "uffd-noncoop")
 SAID_BYTES = 4 << 20
 
-unlock_network = criu_run.unlock_network
+unlock_network = criu_network.unlock
 
 
 # -- the engine
@@ -294,12 +303,13 @@ def restore_plan(
     """Return what a keeper with this directory is to start, so that an image lives again.
 
     With `private` the tree gets pids and mounts of its own. What the image needs and is not whole
-    raises Damaged; a cgroup that is not there BadWords or Gone.
+    raises Damaged; a cgroup that is not there BadWords or Gone; a TCP connection that somebody has
+    Exists.
     """
     images, keeper_dir = Path(images), Path(directory)
     criu_images.check_pages(images)
-    shape = criu_images.shape(images)
-    terminal = criu_images.dumped(images).has_outer_terminal
+    shape, dumped = criu_images.shape(images), criu_images.dumped(images)
+    terminal = dumped.has_outer_terminal
     replaced = criu_options.substitutes(images, manifest.ends)
     owner = _owner(manifest, shape.root)
     out = ""
@@ -307,8 +317,22 @@ def restore_plan(
         out, owner = _output(manifest, owner, keeper_dir)
     pidfile = keeper_dir / "pid"
     options = criu_options.for_restore(images, keeper_dir, pidfile, replaced)
+    command: tuple[str, ...] = (engine.path, "restore", *_words(options))
+    files: dict[str, str] = {}
+    undo: Callable[[], Awaitable[None]] | None = None
+    if connections := criu_network.connections(images):
+        if busy := criu_network.held(connections):
+            raise Exists(
+                f"cannot restart {manifest.ref}: its TCP connection from {busy} is open in another "
+                "process (ss -tnp shows by which); end that one first"
+            )
+        rules = keeper_dir / "rules"
+        files[rules.name] = criu_network.rules(dumped.run_id, connections)
+        command = criu_network.under_lock(dumped.run_id, rules, command)
+        undo = partial(criu_network.undo_lock, dumped.run_id, rules)
     return Plan(
-        command=(engine.path, "restore", *_words(options)),
+        command=command,
+        files=files,
         pidfile=str(pidfile),
         new_pid=private,
         cgroups=_cgroups(words, manifest, caller, keeper_dir.name),
@@ -319,6 +343,7 @@ def restore_plan(
         log=str(keeper_dir / criu_run.SAID),
         note=manifest.ref,
         explain=partial(_restore_complaint, manifest.ref, keeper_dir),
+        undo=undo,
     )
 
 

@@ -8,12 +8,10 @@ it left is put right as far as that can be done from outside.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shlex
 import socket
-import stat as stat_modes
 import struct
 import subprocess
 import sys
@@ -25,7 +23,7 @@ import trio
 from krgfs import facts
 from krgfs.model import ProcessId
 
-from . import procs
+from . import criu_network, procs
 from .procs import ProcessTree
 
 Started = Callable[[int, int], Awaitable[None]]
@@ -188,7 +186,6 @@ def _peer(connection: trio.socket.SocketType) -> int:
 
 LAST_LINE = re.compile(r"Dumping (finished successfully|FAILED)")
 RUN_ID = re.compile(r"^\([\d.]+\) CRIU run id = ([0-9a-f-]{36})", re.MULTILINE)
-TABLE_NAME_BYTES = 31 - len("inet CRIU-")
 
 
 async def heal(tree: ProcessTree, log: str) -> list[str]:
@@ -199,59 +196,14 @@ async def heal(tree: ProcessTree, log: str) -> list[str]:
     """
     left = []
     run = RUN_ID.search(log)
-    if run and await unlock_network(run[1]):
+    if run and await criu_network.unlock(run[1]):
         left.append("what it sent over TCP meanwhile failed")
     for task in tree.live:
-        _end_repair(task.pid)
+        criu_network.end_repair(task.pid)
     if marked := [str(task.pid) for task in tree.live if _has_leftover(task.pid)]:
         left.append(f"about 1 MB of CRIU's own is left in the memory of {', '.join(marked)}")
     await trio.sleep(MOMENT_S)
     return left
-
-
-async def unlock_network(run_id: str) -> bool:
-    """Remove the firewall table by which the dump `run_id` holds its connections, if there is one.
-
-    An image made with tcp=keep that ended its tree keeps it until it is restored, which removes it.
-    """
-    table = f"CRIU-{run_id[:TABLE_NAME_BYTES]}"
-    try:
-        done = await trio.run_process(
-            ["nft", "delete", "table", "inet", table],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-    except OSError:
-        return False
-    return done.returncode == 0
-
-
-PIDFD_GETFD = 438  # syscall number, the same on all but alpha
-TCP_REPAIR, REPAIR_OFF = 19, 0
-
-
-def _end_repair(pid: int) -> None:
-    """Let the TCP sockets of a task talk again that CRIU had made mute (TCP_REPAIR)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        handle = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        for fd, target in facts.descriptors(pid):
-            if not target.startswith(b"socket:"):
-                continue
-            copy = libc.syscall(PIDFD_GETFD, handle, fd, 0)
-            if copy < 0 or not stat_modes.S_ISSOCK(os.fstat(copy).st_mode):
-                continue
-            with socket.socket(fileno=copy) as found, contextlib.suppress(OSError):
-                if found.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR):
-                    found.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF)
-                    # the kernel clears it here; without, its port stays taken when it is closed
-                    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    finally:
-        os.close(handle)
 
 
 def _has_leftover(pid: int) -> bool:

@@ -329,6 +329,11 @@ RULES: tuple[Rule, ...] = (
         "the name of one of its unix sockets is in use by another process; end that one first",
     ),
     _rule(
+        r"Can't restore .* queue data",
+        TryAgain,
+        "one of its TCP connections was reset by a packet that came in between; try again",
+    ),
+    _rule(
         r"Connected TCP socket in image",
         CannotRunHere,
         "it has TCP connections that were neither kept nor closed; make another image with tcp=",

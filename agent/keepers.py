@@ -17,8 +17,9 @@ import signal as signals
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import trio
@@ -72,7 +73,8 @@ class Plan(NamedTuple):
 
     `cgroups` are cgroup.procs files that it joins first. With `pty` it gets a new terminal whose
     output goes to `out`. `log` takes what the command itself says. `note` is kept in the keeper's
-    directory. `explain` makes an error of a LaunchFailed once the command has ended.
+    directory, and so are `files`, texts by name that the command reads. `explain` makes an error of
+    a LaunchFailed once the command has ended; `undo` is awaited when it was ended half-way.
     """
 
     command: tuple[str, ...]
@@ -85,7 +87,9 @@ class Plan(NamedTuple):
     owner: Owner | None = None
     log: str = ""
     note: str = ""
+    files: Mapping[str, str] = MappingProxyType({})
     explain: Callable[[LaunchFailed], KrgError] | None = None
+    undo: Callable[[], Awaitable[None]] | None = None
 
 
 class Launched(NamedTuple):
@@ -115,6 +119,8 @@ async def launch(binary: str, directory: str, plan: Plan) -> Launched:
     """
     os.makedirs(directory, mode=0o700)
     Path(directory, "note").write_text(plan.note)
+    for name, text in plan.files.items():
+        Path(directory, name).write_text(text)
     Path(directory, "cgroups").write_text("".join(f"{path}\n" for path in plan.cgroups))
     with open(os.path.join(directory, "answer"), "w+b") as answer:
         starter = await trio.lowlevel.open_process(
@@ -130,6 +136,8 @@ async def launch(binary: str, directory: str, plan: Plan) -> Launched:
         except BaseException:
             with trio.CancelScope(shield=True):
                 await _abort(directory, starter)
+                if plan.undo is not None:
+                    await plan.undo()
             _remove_cgroups(directory)
             raise
         answer.seek(0)

@@ -492,9 +492,57 @@ async def test_tcp_inside_the_tree_is_kept(
     manifest, images, _ = await rig.dump(workload.pid, Checkpoint(tcp="keep"))
     assert workload.wait_progress()
     assert rig.tables() == []
+    with pytest.raises(Exists, match="is open in another process"):
+        await rig.restore(manifest, images)
+    assert rig.tables() == [] and workload.wait_progress(), "who has it is not disturbed"
     await rig.kill(workload.pid, workload)
     await rig.restore(manifest, images)
     assert workload.wait_progress()
+    assert workload.finish() == "PASS"
+
+
+async def test_a_restore_that_fails_lets_packets_through(
+    rig: Rig, start: Callable[..., harness.Workload]
+) -> None:
+    workload = start("tcpserver")
+    manifest, images, _ = await rig.dump(workload.pid, Checkpoint(tcp="keep"))
+    await rig.kill(workload.pid, workload)
+    core = images / f"core-{manifest.root}.img"
+    core.rename(rig.path / "core")
+    with pytest.raises(Damaged):
+        await rig.restore(manifest, images)
+    assert rig.tables() == []
+    (rig.path / "core").rename(core)
+    await rig.restore(manifest, images)
+    assert rig.tables() == []
+    assert workload.finish() == "PASS"
+
+
+async def test_a_restore_that_is_cancelled_lets_packets_through(
+    rig: Rig, start: Callable[..., harness.Workload]
+) -> None:
+    workload = start("tcpserver")
+    manifest, images, _ = await rig.dump(workload.pid, Checkpoint(tcp="keep"))
+    await rig.kill(workload.pid, workload)
+    directory = keepers.directory(str(rig.path), "cancelled")
+    plan = criu.restore_plan(
+        rig.engine,
+        manifest,
+        images,
+        Restart(image=ImageRef("t")),
+        ROOT,
+        private=False,
+        directory=directory,
+    )
+    made = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keepers.launch, keepers.binary(), directory, plan)
+        await _until(lambda: Path(directory, "rules.made").exists())
+        made = True
+        nursery.cancel_scope.cancel()
+    assert made and rig.tables() == []
+    assert not workload.tasks()
+    await rig.restore(manifest, images)
     assert workload.finish() == "PASS"
 
 
@@ -915,9 +963,3 @@ async def _echo(
         child = await trio.to_thread.run_sync(process, ECHO)
     made[0].settimeout(LONG_S)
     return made[0], child
-
-
-def test_heal_knows_the_name_that_criu_cuts_off() -> None:
-    run_id = "3104d1cb-d0d5-4faa-aef4-1f4cee5c7a3d"
-    name = f"inet CRIU-{run_id}"[:31]
-    assert name == f"inet CRIU-{run_id[: criu_run.TABLE_NAME_BYTES]}"

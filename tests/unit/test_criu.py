@@ -1,12 +1,14 @@
 """What CRIU is told, what its files and logs say: without CRIU, on trees and logs made up here."""
 
+import ipaddress
 import os
+import socket
 import struct
 from pathlib import Path
 
 import pytest
 
-from agent import criu, criu_format, criu_images, criu_options, criu_words
+from agent import criu, criu_format, criu_images, criu_network, criu_options, criu_words
 from agent.criu_format import BYTES, FIXED32, FIXED64, VARINT, Field
 from agent.criu_options import Option, Substitute
 from agent.outside import End
@@ -279,6 +281,59 @@ def test_substitutes(tmp_path: Path) -> None:
     ]
 
 
+# -- connections
+
+
+def inet(inode: int, own: tuple[list[int], int], peer: tuple[list[int], int]) -> list[Field]:
+    addresses = [varint(11, each) for each in own[0]] + [varint(12, each) for each in peer[0]]
+    ports = [varint(7, own[1]), varint(8, peer[1])]
+    return file_entry(criu_network.FILE_INET, [varint(1, 1), varint(2, inode), *ports, *addresses])
+
+
+LOCAL4 = [struct.unpack("=I", bytes((127, 0, 0, 1)))[0]]
+LOCAL6 = list(struct.unpack("=4I", bytes(15) + b"\x01"))
+MAPPED = [0, 0, *struct.unpack("=I", b"\0\0\xff\xff"), *LOCAL4]
+
+
+def test_connections_of_an_image(tmp_path: Path) -> None:
+    listener = inet(0xA0, (LOCAL4, 80), (LOCAL4, 0))
+    sockets = (
+        inet(0xA1, (LOCAL4, 80), (LOCAL4, 4000)),
+        inet(0xA2, (LOCAL6, 80), (LOCAL6, 4001)),
+        inet(0xA3, (MAPPED, 80), (MAPPED, 4002)),
+    )
+    image(tmp_path / "files.img", FILES, listener, *sockets)
+    assert criu_network.connections(tmp_path) == []
+    for inode in (0xA1, 0xA2, 0xA3):
+        (tmp_path / f"tcp-stream-{inode:x}.img").touch()
+    found = criu_network.connections(tmp_path)
+    assert list(map(str, found)) == [
+        "127.0.0.1:80 to 127.0.0.1:4000",
+        "[::1]:80 to [::1]:4001",
+        "127.0.0.1:80 to 127.0.0.1:4002",
+    ]
+    rules = criu_network.rules("3104d1cb-d0d5-4faa-aef4-1f4cee5c7a3d", found)
+    assert "table inet CRIU-3104d1cb-d0d5-4faa-ae {" in rules, "31 bytes with `inet `, as CRIU's"
+    assert "127.0.0.1 . 80 . 127.0.0.1 . 4000, 127.0.0.1 . 4000 . 127.0.0.1 . 80" in rules
+    assert "::1 . 4001 . ::1 . 80" in rules
+
+
+@pytest.mark.parametrize(("family", "address"), [("AF_INET", "127.0.0.1"), ("AF_INET6", "::1")])
+def test_a_connection_that_somebody_has(family: str, address: str) -> None:
+    with socket.socket(getattr(socket, family)) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        with socket.create_connection(listener.getsockname()[:2]) as ours:
+            one, other = (
+                criu_network.End(ipaddress.ip_address(name[0]), name[1])
+                for name in (ours.getsockname(), ours.getpeername())
+            )
+            mine = criu_network.Connection(one, other)
+            never = criu_network.Connection(one, one)
+            assert criu_network.held([never, mine]) == mine
+            assert criu_network.held([never]) is None
+
+
 # -- words
 
 
@@ -355,6 +410,8 @@ RESTORE_ERRORS = [
      CannotRunHere, "needs a terminal"),
     ("protobuf.c:93): Read 3 bytes while 18 expected from /i/pstree.img: Operation not permitted",
      Damaged, "pstree.img"),
+    ("y.c:887): Can't restore not-sent send queue data (-1), want (0-892:892:892): Broken pipe",
+     TryAgain, "reset by a packet"),
     ("protobuf.c:72): Unexpected EOF on (empty-image)", Damaged, "missing or not whole"),
 ]  # fmt: skip
 
