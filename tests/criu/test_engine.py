@@ -656,6 +656,8 @@ block = bytearray(os.urandom(1 << 20) * 200)
 listener = socket.create_server(("127.0.0.1", 0))
 mine = socket.create_connection(listener.getsockname())
 other, _ = listener.accept()
+count = os.open("n", os.O_RDWR | os.O_CREAT)
+os.pwrite(count, b"%08d" % 0, 0)
 open(sys.argv[1], "w").close()
 n = 0
 while True:
@@ -665,9 +667,7 @@ while True:
     except OSError:  # while CRIU's firewall table and the sockets that it made mute are found
         time.sleep(0.01)
         continue
-    with open("n.new", "w") as f:
-        f.write(str(n))
-    os.rename("n.new", "n")
+    os.pwrite(count, b"%08d" % n, 0)
     time.sleep(0.01)
 """
 
