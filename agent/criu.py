@@ -186,7 +186,8 @@ async def dump(
     `commit` is awaited when all is written, with the tree still as the dump left it; where the
     dump ends the tree, before that: it then has to be given, and if it raises the tree runs on.
 
-    Nothing ends CRIU: cancelled, waits for its own end and then is cancelled, the tree running.
+    Nothing ends CRIU: cancelled, asks it to give up, waits for its own end and then is cancelled,
+    the tree running.
     Raises what CRIU's complaint means, as a sentence about the tree, with the tree's fate.
     """
     if is_ended_by(options) and commit is None:

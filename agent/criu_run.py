@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shlex
 import socket
 import struct
@@ -88,6 +89,7 @@ async def _start(command: Sequence[str], work: Path) -> trio.Process:
             start_new_session=True,
             cwd="/",
             env=ENVIRONMENT,
+            restore_signals=False,  # SIGXFSZ stays ignored: see _ask_to_give_up
         )
 
 
@@ -99,6 +101,10 @@ def _start_of(pid: int) -> int:
 async def _wait_out(process: trio.Process, tree: ProcessTree) -> int:
     """Wait for the end of an engine, cancelled or not, and until no engine traces the tree:
     `nsenter` may have been ended while the CRIU that it started goes on."""
+    try:
+        code = await process.wait()
+    except trio.Cancelled:
+        _ask_to_give_up(process.pid)
     with trio.CancelScope(shield=True):
         code = await process.wait()
         if code != 0:
@@ -106,6 +112,18 @@ async def _wait_out(process: trio.Process, tree: ProcessTree) -> int:
                 while engine := _engine_on(task.pid):
                     await procs.ended(engine)
     return code
+
+
+def _ask_to_give_up(pid: int) -> None:
+    """Have a dumper fail at its next write, as on a full disk: it then lets the tree go in order.
+
+    Its limit on the size of files becomes 0 (setrlimit(2)). One that runs as another user may be
+    out of our reach, and is waited for as it is.
+    """
+    for task in facts.tree(pid):
+        with contextlib.suppress(OSError):
+            _, hard = resource.prlimit(task.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(task.pid, resource.RLIMIT_FSIZE, (0, hard))
 
 
 def _engine_on(pid: int) -> ProcessId | None:

@@ -111,6 +111,7 @@ class Desk:
         for name in tuple(self._state.imports.get(command.image.app, ())):
             # the kernel tells of the last close only after cp has ended
             await self._close_file(request.caller, command.image.app, name)
+        self._refuse_import(command.image)
         app, image = names.resolve(self._state, command.image)
         _may_use(request.caller, app, image)
         object = f"images/{image.ref}"
@@ -126,6 +127,18 @@ class Desk:
             lambda job: restart.restart(self._parts, job, app, image, command),
             uid=image.uid,
         )
+
+    def _refuse_import(self, ref: verbs.ImageRef) -> None:
+        imports = self._state.imports.get(ref.app, {})
+        if ref.version in imports:
+            raise Damaged(
+                f"{ref} was copied in and is not whole: a file that its manifest names is missing "
+                "or differs; copy it again"
+            )
+        if f"{ref.version}.part" in imports:
+            raise Damaged(
+                f"{ref} is still {ref.version}.part; mv it to {ref.version} when it is whole"
+            )
 
     async def _on_tree(self, request: wire.Submit, command: Command, tree: ProcessTree) -> Running:
         holds: frozenset[int | str] = frozenset(tree.pids)

@@ -229,7 +229,7 @@ class Jobs:
                 "phase": phase,
                 "errno": error.errno,
                 "message": error.message,
-                "fate": error.fate,
+                "fate": error.fate or job.fate,
             }
         else:
             fields |= {"phase": Phase.DONE, "bytes_done": max(job.bytes_total, job.bytes_done)}

@@ -133,9 +133,10 @@ choose_criu() {
     "$here/criu-works" "$criu" || die "no process can be dumped and restored here"
 }
 
-# A Python for .venv is then in $python: the one on PATH if it fits, else the distribution's.
+# A Python for .venv is then in $python: the distribution's if it fits, else the one on PATH.
 choose_python() {
-    for python in python3 /usr/bin/python3; do
+    # the distribution's first: one below /root is closed to other users, who then cannot run krg
+    for python in /usr/bin/python3 python3; do
         python_fits "$python" && return 0
     done
     install_packages python3 python3-venv python3-dev

@@ -82,6 +82,8 @@ def process_tree(pid: int) -> bytes:
 
 
 def freeze_state(known: Tree | None) -> bytes:
+    if known is not None and known.ended:
+        return b"ended\n"
     if known is None or known.state != "frozen":
         return b"running\n"
     until = f" until {instant(known.frozen_until)}" if known.frozen_until else ""
@@ -148,7 +150,7 @@ def index(app: App, images: Iterable[Image]) -> bytes:
     for image in sorted(images, key=lambda image: image.version):
         names = ",".join(labels.get(image.version, ())) or "-"
         line = (
-            f"v{image.version} {instant(image.created)} {image.node} {image.freeze_ms:.1f} "
+            f"v{image.version} {instant(image.created)} {image.node or '-'} {image.freeze_ms:.1f} "
             f"{image.logical_bytes} {image.stored_bytes} {image.copies} {names} {image.desc}"
         )
         lines.append(line.rstrip() + "\n")

@@ -49,6 +49,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
     except BaseException as exc:
         if isinstance(exc, KrgError):
             exc.fate = procs.fate(tree)  # what it was while we held it is past
+        job.note(fate=procs.fate(tree))
         with trio.CancelScope(shield=True):
             await note_failure(parts, tree, exc)
         raise
