@@ -74,6 +74,11 @@ def test_a_restored_tree_outlives_both_and_its_end_is_known(here: Ground) -> Non
     until(lambda: here.site.read(f"procs/{pid}/wait").startswith("exit 0"), "its exit status")
 
 
+def _is_thawed(here: Ground) -> bool:
+    """Tell whether the tree runs, and its record says so (which comes after)."""
+    return not is_held(here.work.pid) and here.site.facts(here.of("status"))["state"] != "frozen"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_a_user_froze_stays_frozen_and_thaws_at_its_time(here: Ground, number: int) -> None:
     here.begin("counter")
@@ -84,7 +89,7 @@ def test_what_a_user_froze_stays_frozen_and_thaws_at_its_time(here: Ground, numb
     here.tell(here.of("freeze"), "1 for=3s")
     here.site.stop_agent(number)
     here.agent_again()
-    until(lambda: not is_held(here.work.pid), "thawed at its time")
+    until(lambda: _is_thawed(here), "thawed at its time")
     here.is_sound()
 
 
@@ -101,7 +106,7 @@ def test_a_freeze_while_open_lasts_as_long_as_its_handle(here: Ground, number: i
     finally:
         os.close(fd)
     here.agent_again()
-    until(lambda: not is_held(here.work.pid), "thawed, for its handle is gone")
+    until(lambda: _is_thawed(here), "thawed, for its handle is gone")
     here.is_sound()
 
 
@@ -114,5 +119,5 @@ def test_a_freeze_while_open_ends_with_the_mount(here: Ground) -> None:
     finally:
         os.close(fd)
     here.site.start_mount()
-    until(lambda: not is_held(here.work.pid), "thawed, for its handle is gone")
+    until(lambda: _is_thawed(here), "thawed, for its handle is gone")
     here.is_sound()
