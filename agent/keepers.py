@@ -47,11 +47,6 @@ class LaunchFailed(EngineFailed):
         self.end = end
 
 
-class Keeper(NamedTuple):
-    id: ProcessId
-    dir: Path
-
-
 class Owner(NamedTuple):
     """Whose files the tree's output goes to: they are opened as that user."""
 
