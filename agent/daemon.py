@@ -25,7 +25,7 @@ import trio
 from msgspec.structs import replace
 
 from krgfs import VERSION, facts, wire
-from krgfs.errors import KrgError, Unreachable
+from krgfs.errors import KrgError, Unreachable, first_of
 from krgfs.model import Caller
 
 from . import figures, keepers, recovery
@@ -68,7 +68,7 @@ class Agent:
         try:
             await self._talk(channel, peer)
         except* Unreachable as group:
-            log.info("mount.gone pid=%d reason=%s", peer.pid, group.exceptions[0])
+            log.info("mount.gone pid=%d reason=%s", peer.pid, first_of(group))
         except* Exception:
             log.exception("mount.failed pid=%d", peer.pid)
         finally:
@@ -270,10 +270,13 @@ def main(
     )
     if os.geteuid() != 0:
         raise click.ClickException("krg-agent has to be root: it freezes and dumps processes")
+    failure: BaseException | None = None
     with only_one(os.path.abspath(state_dir)):
         try:
             trio.run(run, os.path.abspath(state_dir), os.path.abspath(run_dir), node, criu, freezer)
         except* KrgError as group:
-            log.error("agent.failed %s", group.exceptions[0])
-            raise SystemExit(1) from None
+            failure = first_of(group)
+    if failure:  # raised out here: what an `except*` raises may come out in a group again
+        log.error("agent.failed %s", failure)
+        raise SystemExit(1)
     log.info("agent.down")

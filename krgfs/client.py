@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from . import wire
-from .errors import BadWords, KrgError, Unreachable
+from .errors import BadWords, KrgError, Unreachable, first_of
 from .model import Caller, ImageFile, Job, View
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Client:
             try:
                 await self._talk(wire.Channel(stream, wire.ToMount))
             except* Unreachable as group:
-                log.warning("agent.lost reason=%s", group.exceptions[0])
+                log.warning("agent.lost reason=%s", first_of(group))
             except* Exception:
                 log.exception("agent.talk_failed")
             finally:

@@ -209,5 +209,12 @@ def name_of(number: int) -> str:
     return _NAMES.get(number) or errno.errorcode.get(number, str(number))
 
 
+def first_of(group: BaseException) -> BaseException:
+    """Return the first exception that is not a group: nurseries may put groups into groups."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
 # Where Linux has two names for a number, the one that the manual pages use.
 _NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EDEADLK: "EDEADLK", errno.EAGAIN: "EAGAIN"}

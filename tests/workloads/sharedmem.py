@@ -95,6 +95,7 @@ def exchange(judge: Judge, shared: list[Region]) -> None:
     for last in (number, number + 1):
         for region in shared:
             answered = wait_until(partial(ask, region, last, lambda: False))
+            judge.going()  # a member that is gone is the first failure then
             assert answered, f"the {region.what} is not shared any more"
     for region in shared:
         region.check_rest()
