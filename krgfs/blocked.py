@@ -1,14 +1,16 @@
 """Writers that wait in a verb file, and what may end their waiting early.
 
 The kernel does not let a task leave a FUSE request that the mount has taken until it is answered,
-so a pending signal is looked for here (signal(7), proc(5)) and answered with EINTR. Tasks that are
+so a pending signal is looked for here (signal(7), proc(5)) and answered with EINTR: within LOOK_S,
+and with very many blocked so much later that looking does not slow the readers. Tasks that are
 about to be frozen have to be answered too, because no freezer holds a task inside a request.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import Counter
+import errno
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +20,7 @@ from . import facts
 from .model import Caller
 
 LOOK_S = 0.05
+LOOKS = 40  # at a time
 
 
 class Why(enum.Enum):
@@ -38,6 +41,8 @@ class Waiting:
         self.why: Why | None = None
         self._ending = ending
         self._writer = 0
+        self._process = 0
+        self._signals: facts.Signals | None = None
 
     def answer(self, why: Why) -> None:
         if self.why is None:
@@ -46,11 +51,29 @@ class Waiting:
 
     def look(self) -> None:
         """Answer if a signal waits for the task that is blocked."""
-        found = facts.pending(self.writer())
+        try:
+            if self._signals is None:
+                self._signals = facts.Signals(self.writer())
+            found = self._signals.pending()
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ESRCH):
+                return  # no descriptor is free: the next look may have one
+            found = facts.GONE
         if found.fatal or found.gone:
             self.answer(Why.FATAL)
         elif found.caught:
             self.answer(Why.CAUGHT)
+
+    def close(self) -> None:
+        if self._signals is not None:
+            self._signals.close()
+
+    def process(self) -> int:
+        """Return the process of the task that is blocked, 0 when it is gone."""
+        if not self._process:
+            found = facts.ids(self.writer())
+            self._process = found.tgid if found is not None else 0
+        return self._process
 
     def writer(self) -> int:
         """Return the task that is inside the write: nearly always the one that opened the file,
@@ -96,6 +119,7 @@ class Blocked:
                 yield entry
         finally:
             self._waiting.discard(entry)
+            entry.close()
             self._left.set()
             self._left = trio.Event()
 
@@ -148,15 +172,15 @@ class Blocked:
             if not self._waiting:
                 self._came = trio.Event()
                 await self._came.wait()
-            await trio.sleep(LOOK_S)
-            for each in tuple(self._waiting):
-                each.look()
+            due = deque(self._waiting)
+            while due:
+                await trio.sleep(LOOK_S)
+                for each in [due.popleft() for _ in range(min(LOOKS, len(due)))]:
+                    if each in self._waiting:
+                        each.look()
 
     @staticmethod
     def _is_of(entry: Waiting, pids: frozenset[int]) -> bool:
         if entry.caller.pid in pids:
             return True
-        if entry.why is not None:
-            return False
-        found = facts.ids(entry.writer())
-        return found is not None and found.tgid in pids
+        return entry.why is None and entry.process() in pids

@@ -215,8 +215,20 @@ def is_alive(pid: int, start: int) -> bool:
     return found is not None and found.start == start and found.is_live
 
 
-def descends(pid: int, pids: Collection[int]) -> bool:
-    """Tell whether a process is one of these, or was forked below one that still lives."""
+def among(openers: Collection[int], pids: Collection[int]) -> set[int]:
+    """Return those that are one of `pids` or were forked below one that still lives."""
+    known = frozenset(pids)
+    found = known.intersection(openers)
+    others = set(openers) - found
+    if len(others) <= len(known):
+        return {*found, *(pid for pid in others if _descends(pid, known))}
+    parents = list(known)
+    for pid in parents:
+        parents += [child for child in children(pid) if child not in known]
+    return {*found, *others.intersection(parents)}
+
+
+def _descends(pid: int, pids: Collection[int]) -> bool:
     while pid not in pids:
         found = task(pid)
         if found is None or found.ppid == 0:
@@ -496,19 +508,38 @@ class Pending(NamedTuple):
     gone: bool = False
 
 
-def pending(tid: int) -> Pending:
-    """Tell what signals wait for a task: signal(7), /proc/TID/status SigPnd ShdPnd SigBlk ..."""
-    raw = _read(f"/proc/{tid}/status")
-    if raw is None:
-        return Pending(fatal=False, caught=False, gone=True)
+GONE = Pending(fatal=False, caught=False, gone=True)
+
+
+class Signals:
+    """The signals that wait for a task, looked at as often as wanted through one descriptor."""
+
+    def __init__(self, tid: int) -> None:
+        """Raises OSError; ENOENT or ESRCH when there is no such task."""
+        self._fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+
+    def pending(self) -> Pending:
+        """Tell what waits now: signal(7), /proc/TID/status SigPnd ShdPnd SigBlk ... in proc(5)."""
+        try:
+            raw = os.pread(self._fd, 4096, 0)
+        except ProcessLookupError:
+            return GONE
+        return Pending(fatal=False, caught=False) if NONE_PENDING in raw else _pending(raw)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+NONE_PENDING = b"\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000000000\n"
+
+
+def _pending(status: bytes) -> Pending:
     mask = {}
-    for line in raw[raw.find(b"SigPnd") :].split(b"\n")[:6]:
+    for line in status[status.find(b"SigPnd") :].split(b"\n")[:6]:
         name, _, value = line.partition(b":")
         if value:
             mask[name] = int(value, 16)
     waiting = mask.get(b"SigPnd", 0) | mask.get(b"ShdPnd", 0)
-    if not waiting:
-        return Pending(fatal=False, caught=False)
     open_ones = waiting & ~mask.get(b"SigBlk", 0) & ~mask.get(b"SigIgn", 0)
     caught = mask.get(b"SigCgt", 0)
     fatal = (open_ones & ~caught & ~DEFAULT_IGNORED & ~STOPPING) | (waiting & KILL)

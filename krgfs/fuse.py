@@ -594,15 +594,16 @@ class Mount(pyfuse3.Operations):
 
     async def _release(self, ticket: int, pids: list[int]) -> None:
         await self.blocked.release(ticket, pids)
-        await self.handles.settled(pids)
-        self._dumps[ticket] = pids, []
-        for handle in self.handles.of(pids):
-            self._pin_for_dumps(handle.inode, handle.place, handle.caller.pid)
+        left = await self.handles.settled(pids)
+        places = [handle.place for handle in left]
+        self._dumps[ticket] = pids, places
+        for handle in left:
+            self.inodes.pin(handle.place, handle.inode)
 
     def _pin_for_dumps(self, inode: int, place: Place, pid: int) -> None:
-        """A task of a tree that is about to be dumped has this open; it may run on until then."""
+        """A task of a tree that is about to be dumped opens this; it may run on until then."""
         for pids, places in self._dumps.values():
-            if facts.descends(pid, pids):
+            if facts.among({pid}, pids):
                 self.inodes.pin(place, inode)
                 places.append(place)
 

@@ -129,19 +129,20 @@ class Handles:
             app, name, file = handle.place.args
             await self._client.call(wire.CloseFile, handle.caller, app=app, name=name, file=file)
 
-    async def settled(self, pids: list[int]) -> None:
-        """Wait a moment for these processes to close the verb files that they have open."""
+    async def settled(self, pids: list[int]) -> list[Handle]:
+        """Wait a moment for these processes, and descendants of them, to close the verb files that
+        they opened; returns those that stay open."""
+        left = self._opened_by(pids)
         with trio.move_on_after(CLOSING_S):
-            while any(self.of(pids)):
+            while left:
                 await self._closed.wait()
+                left = [each for each in left if each.number in self._open]
+        return self._opened_by(pids)
 
-    def of(self, pids: list[int]) -> list[Handle]:
-        """Return the open verb files that these processes or descendants of them opened."""
-        return [
-            each
-            for each in self._open.values()
-            if each.place.row.kind is Kind.VERB and facts.descends(each.caller.pid, pids)
-        ]
+    def _opened_by(self, pids: list[int]) -> list[Handle]:
+        verbs = [each for each in self._open.values() if each.place.row.kind is Kind.VERB]
+        openers = facts.among({each.caller.pid for each in verbs}, pids)
+        return [each for each in verbs if each.caller.pid in openers]
 
     # -- reading
 

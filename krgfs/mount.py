@@ -12,6 +12,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -130,6 +131,8 @@ def main(mountpoint: str, socket: str, verbose: bool) -> None:
         raise click.ClickException(f"krgfs is mounted at {path} already; unmount it first")
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each blocked writer takes one
     mount = Mount(socket, hides_pids())
     pyfuse3.init(mount, path, MOUNTED)
     log.info("mount.up path=%s pid=%d boot=%s", path, os.getpid(), facts.BOOT_ID)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import trio
 
 from krgfs import facts
@@ -79,7 +80,11 @@ def frozen_pending(code: str, number: int) -> facts.Pending:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         process.send_signal(number)
-        return facts.pending(process.pid)
+        signals = facts.Signals(process.pid)
+        try:
+            return signals.pending()
+        finally:
+            signals.close()
     finally:
         process.kill()
         process.communicate()
@@ -104,6 +109,11 @@ def test_blocked_ignored_and_harmless_signals_end_nothing() -> None:
 
 
 def test_a_task_that_has_ended_is_gone() -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    assert facts.pending(process.pid).gone
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    signals = facts.Signals(process.pid)
+    assert not signals.pending().gone
+    process.communicate()
+    assert signals.pending().gone
+    signals.close()
+    with pytest.raises(FileNotFoundError):
+        facts.Signals(process.pid)
