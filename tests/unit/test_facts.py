@@ -78,3 +78,14 @@ def test_a_listing_shows_who_started_since_and_not_who_ended(
 def test_bytes_that_cannot_be_shown_stay_on_one_line() -> None:
     assert facts.shown(b"plain name") == "plain name"
     assert facts.shown(b"a\nb\xff") == "a\\nb\\xff"
+
+
+def test_who_opened_is_among_a_tree_when_it_was_forked_below_it(
+    child: subprocess.Popen[bytes],
+) -> None:
+    """From few openers the way up is walked, from many the way down."""
+    for openers in ({child.pid}, {child.pid, 1}):
+        assert facts.among(openers, [os.getpid()]) == {child.pid}
+        assert facts.among(openers, [child.pid]) == {child.pid}
+        assert facts.among(openers, [child.pid + 1]) == set()
+    assert facts.among(set(), [child.pid]) == set()
