@@ -10,6 +10,7 @@ import ctypes
 import os
 import stat as stat_modes
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
@@ -302,33 +303,42 @@ class Listing:
     """The processes for a listing of them: /proc/PID/stat is read once in the life of each.
 
     That it is still the same process is seen by the inode of /proc/PID, which stat(2) has at a
-    sixth of the cost of reading a file there; proc makes a new one for every new process.
+    sixth of the cost of reading a file there; proc makes a new one for every new process. An entry
+    is looked at again when it is older than KEPT_S, for which the kernel keeps attributes too.
     """
+
+    KEPT_S = 1.0
 
     def __init__(self) -> None:
         self.seen: dict[str, Entry] = {}
-        self._known: dict[str, tuple[tuple[int, float], int]] = {}
+        self._known: dict[str, tuple[tuple[int, float], Entry]] = {}
+        self._taken = 0.0
 
     def entries(self) -> dict[str, Entry]:
         """Return all processes but kernel threads by the names that they have in /proc; `seen` is
         what was returned last."""
-        known: dict[str, tuple[tuple[int, float], int]] = {}
-        found: dict[str, Entry] = {}
+        now = time.monotonic()
+        kept = self._known if now - self._taken < self.KEPT_S else {}
+        if not kept:
+            self._taken = now
+        known: dict[str, tuple[tuple[int, float], Entry]] = {}
         for name in os.listdir("/proc"):
-            if not name.isdecimal():
-                continue
-            try:
-                meta = os.stat(f"/proc/{name}")
-            except OSError:
-                continue
-            mark = meta.st_ino, meta.st_ctime
-            before = self._known.get(name)
-            start = before[1] if before is not None and before[0] == mark else _start(int(name))
-            known[name] = mark, start
-            if start:
-                found[name] = Entry(start, meta.st_uid, meta.st_gid)
-        self._known, self.seen = known, found
-        return found
+            if name.isdecimal() and (entry := kept.get(name) or self._looked_at(name)):
+                known[name] = entry
+        self._known = known
+        self.seen = {name: entry for name, (_, entry) in known.items() if entry.start}
+        return self.seen
+
+    def _looked_at(self, name: str) -> tuple[tuple[int, float], Entry] | None:
+        try:
+            meta = os.stat(f"/proc/{name}")
+        except OSError:
+            return None
+        mark = meta.st_ino, meta.st_ctime
+        before = self._known.get(name)
+        same = before is not None and before[0] == mark
+        start = before[1].start if before is not None and same else _start(int(name))
+        return mark, Entry(start, meta.st_uid, meta.st_gid)
 
 
 def _start(pid: int) -> int:

@@ -241,19 +241,19 @@ class Mount(pyfuse3.Operations):
         for position in range(start_id, len(found)):  # this loop is what ls -l waits for
             name, place = found[position]
             inode = self.inodes.shown(place)
-            entry = self._listed(place, inode) or self._attributes(place, inode, sight)
+            entry = self._listed(name, inode) or self._attributes(place, inode, sight)
             raw = name.encode("utf-8", "surrogateescape")
             if not pyfuse3.readdir_reply(token, raw, entry, position + 1):
                 self.inodes.drop_unused(inode)
                 return
             self.inodes.counted(inode)
 
-    def _listed(self, place: Place, inode: int) -> pyfuse3.EntryAttributes | None:
+    def _listed(self, name: str, inode: int) -> pyfuse3.EntryAttributes | None:
         """Return the attributes of a process directory that was looked up before: only its owner
         can have changed, and that was seen when the directory was opened."""
         known = self._processes.get(inode)
         if known is not None:
-            owner = tree.listed_owner(place)
+            owner = tree.listed_owner(name)
             if owner is None:
                 return None
             known.st_uid, known.st_gid = owner

@@ -170,9 +170,9 @@ def _pid_names(sight: Sight, place: Place) -> Iterator[tuple[str, tuple[int, int
             yield name, (pid, entry.start)
 
 
-def listed_owner(place: Place) -> tuple[int, int] | None:
+def listed_owner(pid: str) -> tuple[int, int] | None:
     """Return the owner of a process directory as the last listing saw it."""
-    entry = _processes.seen.get(str(place.args[-2]))
+    entry = _processes.seen.get(pid)
     return (entry.uid, entry.gid) if entry is not None else None
 
 
