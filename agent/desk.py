@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 
 import trio
 import zstandard
@@ -30,7 +31,7 @@ from krgfs.errors import (
 from krgfs.model import App, Caller, Image, Import, Tree
 from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
 
-from . import names, procs
+from . import criu, criu_images, names, procs
 from .jobs import Running
 from .ops import checkpoint, freeze, restart
 from .parts import Parts
@@ -321,11 +322,22 @@ class Desk:
         if labels:
             raise Busy(f"{found.ref} is pinned by the label {labels[0]}; rm the label first")
         self._parts.jobs.refuse_if_held(frozenset({f"image {found.ref}"}))
+        network = await trio.to_thread.run_sync(self._network_held_by, found)
         # ---- commit: the image is gone; its data is removed now, or at the next start
         await self._state.commit(delete=[found])
         with trio.CancelScope(shield=True):
+            if network:
+                await criu.unlock_network(network)
             await self._parts.images.remove(app, found.version)
         self._state.event("image.removed", found.uid, image=found.ref)
+
+    def _network_held_by(self, image: Image) -> str:
+        """Return the dump of which an image keeps TCP connections, '' when it keeps none."""
+        try:
+            dumped = criu_images.dumped(Path(self._parts.images.path(image.app, image.version)))
+        except (KrgError, OSError):
+            return ""  # its files are gone or damaged, which must not keep it from being removed
+        return dumped.run_id if dumped.kept_tcp else ""
 
     async def _set_label(self, app: App, label: str, version: str) -> None:
         _checked(verbs.label_name, label)

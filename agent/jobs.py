@@ -74,7 +74,8 @@ class Running:
             self._state.show(self.job)
 
     def note(self, **fields: Any) -> None:
-        """Set facts of the job that its status shows."""
+        """Set facts of the job that its status shows; with a `line` it has passed its commit line,
+        and a cancel comes too late."""
         self.job = msgspec.structs.replace(self.job, **fields)
 
     def cancel(self, why: str, kind: type[Cancelled] = Cancelled) -> None:
@@ -143,10 +144,12 @@ class Jobs:
         for job in self:
             if shared := holds & job.holds:
                 what = min(str(each) for each in shared)
+                held = f"process {what}" if what.isdecimal() else what
+                by = f"jobs/{job.id} ({job.job.verb}, {job.job.phase})"
+                if job.cancelled_by:
+                    raise Busy(f"{held} is held by {by}, which is being cancelled; wait a moment")
                 raise Busy(
-                    f"{f'process {what}' if what.isdecimal() else what} is held by "
-                    f"jobs/{job.id} ({job.job.verb}, {job.job.phase}); wait for it, or write 1 "
-                    f"to /krg/jobs/{job.id}/cancel"
+                    f"{held} is held by {by}; wait for it, or write 1 to /krg/jobs/{job.id}/cancel"
                 )
 
     async def start(
@@ -207,6 +210,7 @@ class Jobs:
         try:
             with running.scope:
                 line = await operation(running)
+            line = line or running.job.line
             if not line and running.scope.cancelled_caught:
                 text = f"jobs/{running.id} was cancelled: {running.cancelled_by}"
                 error = running.cancelled_as(text)

@@ -47,11 +47,14 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
                 image = await _make_image(parts, job, tree, words, app, ends, frozen, intent)
                 await afterwards(parts, job, tree, words.then, frozen)
     except BaseException as exc:
+        job.note(fate=procs.fate(tree))
         if isinstance(exc, KrgError):
             exc.fate = procs.fate(tree)  # what it was while we held it is past
-        job.note(fate=procs.fate(tree))
-        with trio.CancelScope(shield=True):
-            await note_failure(parts, tree, exc)
+            if job.job.line:
+                exc.message += f"; the image {job.job.line} is made all the same"
+        if isinstance(exc, KrgError) or not job.job.line:
+            with trio.CancelScope(shield=True):
+                await note_failure(parts, tree, exc)
         raise
     return image.ref
 
@@ -186,6 +189,7 @@ async def _commit(
     except BaseException:
         await parts.images.remove(image.app, image.version)
         raise
+    job.note(line=image.ref)
     parts.ends.watch(freeze.record_of(parts, tree))
     parts.state.event("image.committed", image.uid, image=image.ref, pid=tree.pid)
     return image

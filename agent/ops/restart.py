@@ -33,8 +33,15 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
         private = await _private(manifest, path, words)
         async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
             directory = keepers.directory(parts.run_dir, job.id)
-            plan = criu.restore_plan(
-                parts.engine, manifest, path, words, job.caller, private, directory
+            plan = await trio.to_thread.run_sync(
+                criu.restore_plan,
+                parts.engine,
+                manifest,
+                path,
+                words,
+                job.caller,
+                private,
+                directory,
             )
             async with intent.noted(KeeperStarted(directory)):
                 try:

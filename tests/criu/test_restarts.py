@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import procs
+from agent.cgroups import hierarchies, processes_in
 from tests.criu.stage import Stage, as_user, inner_pid, number_in, program, stat
 from tests.sites import gone, until
 
@@ -155,22 +155,22 @@ def cgroups() -> Iterator[str]:
     """A cgroup of ours in every hierarchy where one can be made; its path below their roots."""
     name = f"krgtest-{os.getpid()}"  # `krg-` is what the agent calls its own
     made = []
-    for hierarchy in procs.hierarchies():
+    for hierarchy in hierarchies():
         if hierarchy.groups_processes:
             place = os.path.join(hierarchy.mount, name)
             os.mkdir(place)
             made.append(place)
     yield name
     for place in made:
-        for pid in procs.processes_in(place):
+        for pid in processes_in(place):
             os.kill(pid, signal.SIGKILL)
-        until(lambda place=place: not procs.processes_in(place), f"{place} is empty")
+        until(lambda place=place: not processes_in(place), f"{place} is empty")
         os.rmdir(place)
 
 
 def places(pid: int | str) -> set[str]:
     """Return the cgroups of a process in the hierarchies that group processes."""
-    known = [h for h in procs.hierarchies() if h.groups_processes]
+    known = [h for h in hierarchies() if h.groups_processes]
     number = os.getpid() if pid == "self" else int(pid)
     return {place for h in known if (place := h.directory(number)) is not None}
 
@@ -203,7 +203,7 @@ def test_cgroup_caller_puts_a_tree_where_the_caller_is(stage: Stage, cgroups: st
     ref = stage.checkpoint_and_end(workload)
     joins = "".join(
         f"echo $$ > {os.path.join(hierarchy.mount, cgroups)}/cgroup.procs; "
-        for hierarchy in procs.hierarchies()
+        for hierarchy in hierarchies()
         if hierarchy.groups_processes
     )
     done = stage.site.sh(f"{joins} echo {ref} cgroup=caller > $K/restart")
@@ -351,6 +351,28 @@ def test_redis_keeps_a_connection_from_outside(stage: Stage, tmp_path: Path, nee
         assert stage.tell("restart", ref) == f"pid {pid}"
         assert client.recv(100) == b"$6\r\nbefore\r\n"
         assert ask(client, "INCR counter") == ":1"
+
+
+def _tables() -> set[str]:
+    return set(subprocess.check_output(["nft", "list", "tables"], text=True).splitlines())
+
+
+def test_an_image_that_is_removed_lets_its_connections_go(
+    stage: Stage, tmp_path: Path, need: object
+) -> None:
+    """Nobody will restore them: the peer has to hear that they are gone."""
+    need("redis-server")  # type: ignore[operator]
+    with redis(tmp_path) as port, socket.create_connection(("127.0.0.1", port), 30) as client:
+        assert ask(client, "SET key before") == "+OK"
+        pid, before = _server(port), _tables()
+        ref = stage.tell(f"procs/{pid}/checkpoint", "then=kill tcp=keep")
+        os.waitpid(pid, 0)
+        held = _tables() - before
+        assert len(held) == 1
+        os.rmdir(stage.site.mnt / "images" / ref)
+        assert not held & _tables()
+        with pytest.raises(ConnectionError):
+            ask(client, "GET key")
 
 
 # -- orphans

@@ -98,6 +98,26 @@ async def test_a_fatal_signal_cancels_and_a_caught_one_only_when_nobody_comes_ba
         bench.go.set()
 
 
+async def test_a_cancel_after_the_commit_line_changes_nothing() -> None:
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+
+        async def operation(job: Running) -> str:
+            job.note(line="a/v1")
+            await bench.go.wait()
+            return "a/v1"
+
+        asked = ("checkpoint", "procs/42", "1", ANNA, frozenset({42}))
+        running = await bench.jobs.start(*asked, operation)
+        await trio.testing.wait_all_tasks_blocked()
+        running.cancel("its caller was interrupted")
+        with pytest.raises(Busy, match="is being cancelled"):
+            await bench.start(BEN, "name=x")
+        await running.over.wait()
+        job = await bench.stored(running.id)
+        assert (job.phase, job.line, job.errno) == (Phase.DONE, "a/v1", 0)
+
+
 async def test_who_only_joined_cancels_nothing() -> None:
     async with trio.open_nursery() as nursery:
         bench = Bench(nursery)
