@@ -28,6 +28,7 @@ from krgfs.model import Caller, Frozen
 from krgfs.verbs import Checkpoint, ImageRef, Restart, image_ref, signal_name
 
 from . import (
+    cgroups,
     criu_images,
     criu_network,
     criu_options,
@@ -353,7 +354,7 @@ def _inherit(each: Substitute, out: str) -> Inherit:
 
 
 def _cgroups(words: Restart, manifest: Manifest, caller: Caller, name: str) -> tuple[str, ...]:
-    hierarchies = procs.hierarchies()
+    hierarchies = cgroups.hierarchies()
     match words.cgroup:
         case "own":
             return keepers.own_cgroups(manifest.app, name, hierarchies)

@@ -23,7 +23,7 @@ import trio
 
 from krgfs import facts
 
-from . import procs
+from . import texts
 from .criu_format import as_bytes, as_int, entries, fields_of, parse
 from .criu_images import COMMON_MAGIC, FILES_MAGIC
 
@@ -95,7 +95,7 @@ def held(wanted: Iterable[Connection]) -> Connection | None:
     live = {
         Connection(_hex_end(own), _hex_end(peer))
         for name in ("tcp", "tcp6")
-        for _, own, peer, *rest in map(str.split, procs.read(f"/proc/net/{name}").splitlines()[1:])
+        for _, own, peer, *rest in map(str.split, texts.read(f"/proc/net/{name}").splitlines()[1:])
         if rest[6] != "0"  # the inode: who is not closed for good has one
     }
     return next((each for each in wanted if each in live), None)

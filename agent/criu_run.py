@@ -24,7 +24,7 @@ import trio
 from krgfs import facts
 from krgfs.model import ProcessId
 
-from . import criu_network, procs
+from . import criu_network, procs, texts
 from .procs import ProcessTree
 
 Started = Callable[[int, int], Awaitable[None]]
@@ -225,7 +225,7 @@ async def heal(tree: ProcessTree, log: str) -> list[str]:
 
 
 def _has_leftover(pid: int) -> bool:
-    return LEFTOVER in procs.read(f"/proc/{pid}/maps")
+    return LEFTOVER in texts.read(f"/proc/{pid}/maps")
 
 
 async def out_of(images: str) -> None:

@@ -23,8 +23,9 @@ from krgfs import facts
 from krgfs.errors import Busy, EngineFailed, Fate, Gone, KrgError, PartOfIt, TryAgain, Unsupported
 from krgfs.model import Frozen, Moved, ProcessId
 
-from . import procs
-from .procs import Hierarchy, ProcessTree, title
+from . import cgroups, procs, unrest
+from .cgroups import Hierarchy
+from .procs import ProcessTree, title
 
 Record = Callable[[Frozen], Awaitable[None]]
 
@@ -45,9 +46,9 @@ class Freezer:
         reason for each hierarchy that is mounted.
         """
         reasons = []
-        for each in procs.hierarchies():
+        for each in cgroups.hierarchies():
             if each.can_freeze and prefer in ("auto", f"v{each.version}"):
-                reason = _unusable(each)
+                reason = cgroups.unusable(each)
                 if not reason:
                     return cls(each)
                 reasons.append(reason)
@@ -73,13 +74,13 @@ class Freezer:
         try:
             await attempt.run()
         except BaseException as exc:
-            unrest = attempt.unrest()
+            awake = attempt.unrest()
             with trio.move_on_after(UNDO_S, shield=True):
                 await _thaw(attempt.frozen)
-                if unrest:
+                if awake:
                     await trio.sleep(0.01)  # the thaw woke them all: those that wait, wait again
             if isinstance(exc, trio.Cancelled) and attempt.is_waiting:
-                raise TryAgain(_why_no_rest(tree, unrest), fate=procs.fate(tree)) from None
+                raise TryAgain(unrest.why(tree, awake), fate=procs.fate(tree)) from None
             if isinstance(exc, KrgError) and exc.fate is None:
                 exc.fate = procs.fate(tree)
             raise
@@ -87,12 +88,12 @@ class Freezer:
 
     async def refreeze(self, frozen: Frozen) -> None:
         """Wait until a frozen tree is at rest, also where a CRIU that was killed had thawed it."""
-        _hold(frozen)
+        cgroups.freeze(frozen.cgroup, frozen.version)
         await _rest(frozen)
 
     def is_frozen(self, frozen: Frozen) -> bool:
         """Tell whether the kernel has all of its tasks at rest (while CRIU dumps, CRIU has)."""
-        return procs.is_at_rest(frozen.cgroup, frozen.version)
+        return cgroups.is_at_rest(frozen.cgroup, frozen.version)
 
     async def thaw(self, frozen: Frozen) -> None:
         """Let the tasks run where they came from, and remove what was made to freeze them.
@@ -109,33 +110,19 @@ class Freezer:
         In the v2 freezer a killed task ends; in that of v1 it ends when it is thawed, before it
         is back in user code. Returns when no task lives; zombies may still hold their pids.
         """
-        members = procs.members(frozen.cgroup)
+        members = cgroups.members(frozen.cgroup)
         later = [facts.task(pid) for pid in members - tree.pids if procs.is_member(tree, pid)]
         victims = [*tree.ids, *(procs.process_id(task) for task in later if task is not None)]
         if frozen.version == 2 and members and members <= {each.pid for each in victims}:
             with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
-                _write(f"{frozen.cgroup}/cgroup.kill", "1")
+                cgroups.write(f"{frozen.cgroup}/cgroup.kill", "1")
         for each in victims:
             procs.signal_process(each, signals.SIGKILL)
         if frozen.version == 1:
-            _release(frozen)
+            cgroups.thaw(frozen.cgroup, frozen.version)
         for each in victims:
             await procs.ended(each)
         await _thaw(frozen)
-
-
-def _unusable(hierarchy: Hierarchy) -> str:
-    """Say what keeps a hierarchy from freezing, nothing when it can."""
-    probe = f"{hierarchy.mount}/krg-probe-{os.getpid()}"
-    try:
-        os.mkdir(probe)
-    except OSError as exc:
-        return f"{hierarchy.mount}: {exc.strerror}"
-    try:
-        knob = _knob(probe, hierarchy.version)
-        return "" if os.path.exists(knob) else f"{hierarchy.mount} has no {os.path.basename(knob)}"
-    finally:
-        os.rmdir(probe)
 
 
 # -- what to freeze
@@ -157,14 +144,14 @@ def _plan(hierarchy: Hierarchy, tree: ProcessTree, name: str) -> Frozen:
         raise Gone(f"process {tree.pid} has just ended")
     _refuse_stopped(hierarchy, tree)
     ancestor = os.path.commonpath([*places.values()])
-    while _kind(ancestor) == "threaded":
+    while cgroups.kind(ancestor) == "threaded":
         ancestor = os.path.dirname(ancestor)
     live = {task.pid for task in tree.live}
-    if ancestor != hierarchy.mount and procs.members(ancestor) == live:
+    if ancestor != hierarchy.mount and cgroups.members(ancestor) == live:
         return Frozen(cgroup=ancestor, version=hierarchy.version, leaf=False)
     _refuse_threaded(tree, places, ancestor)
-    leaf = f"{ancestor}/{procs.LEAF_PREFIX}{name}"
-    if procs.members(leaf):
+    leaf = f"{ancestor}/{cgroups.LEAF_PREFIX}{name}"
+    if cgroups.members(leaf):
         raise Busy(f"{leaf}, for tree {tree.pid}, has other tasks in it: thaw those first")
     return Frozen(cgroup=leaf, version=hierarchy.version, leaf=True)
 
@@ -181,25 +168,15 @@ def _place(hierarchy: Hierarchy, tid: int) -> str | None:
 
 def _holder(tree: ProcessTree) -> str | None:
     """Return a cgroup, of either freezer, that somebody set to frozen with a task in it."""
-    for hierarchy in procs.hierarchies():
+    for hierarchy in cgroups.hierarchies():
         if not hierarchy.can_freeze:
             continue
         for place in {hierarchy.directory(task.pid) for task in tree.live} - {None}:
             while place and place != hierarchy.mount:
-                if _is_held(place, hierarchy.version):
+                if cgroups.is_set_frozen(place, hierarchy.version):
                     return place
                 place = os.path.dirname(place)
     return None
-
-
-def _is_held(place: str, version: int) -> bool:
-    file = "cgroup.freeze" if version == 2 else "freezer.self_freezing"
-    return procs.read(f"{place}/{file}").strip() == "1"
-
-
-def _kind(place: str) -> str:
-    """Return cgroup.type: domain, threaded, ...; nothing for v1 and for the root."""
-    return procs.read(f"{place}/cgroup.type").strip()
 
 
 def _refuse_stopped(hierarchy: Hierarchy, tree: ProcessTree) -> None:
@@ -216,16 +193,16 @@ def _refuse_threaded(tree: ProcessTree, places: dict[int, str], ancestor: str) -
     """A leaf takes whole processes, and there can be none among threaded cgroups; cgroups(7)."""
     for task in tree.live:
         spread = {places[tid] for tid in tree.threads[task.pid] if tid in places}
-        if len(spread) > 1 or any(_kind(place) == "threaded" for place in spread):
+        if len(spread) > 1 or any(cgroups.kind(place) == "threaded" for place in spread):
             raise Unsupported(
                 f"the threads of task {title(task)} are in cgroups for threads "
                 f"({', '.join(sorted(spread))}) that have others in them too: "
                 f"put tree {tree.pid} alone into a cgroup of its own"
             )
-    if _kind(ancestor) not in ("domain", ""):
+    if cgroups.kind(ancestor) not in ("domain", ""):
         raise Unsupported(
             f"tree {tree.pid} shares {ancestor} with others, and a cgroup of kind "
-            f"'{_kind(ancestor)}' can have no leaf: put the tree into a cgroup of its own"
+            f"'{cgroups.kind(ancestor)}' can have no leaf: put the tree into a cgroup of its own"
         )
 
 
@@ -254,8 +231,8 @@ class _Attempt:
 
     def unrest(self) -> dict[int, str]:
         """Return the threads that keep us waiting, with their states."""
-        found = _starting(self._tree) if self._is_starting else {}
-        return found or (_unrest(self.frozen, self._tree) if self._is_resting else {})
+        found = unrest.starting(self._tree) if self._is_starting else {}
+        return found or (unrest.restless(self.frozen, self._tree) if self._is_resting else {})
 
     async def run(self) -> None:
         """Freeze, and again while a task is between vfork(2) and exec: CRIU cannot stop that."""
@@ -271,7 +248,7 @@ class _Attempt:
 
     async def _starts_programs(self) -> bool:
         while True:
-            found = await trio.to_thread.run_sync(_starting, self._look())
+            found = await trio.to_thread.run_sync(unrest.starting, self._look())
             if found is not None:
                 self._is_starting = bool(found)
                 return self._is_starting
@@ -286,9 +263,9 @@ class _Attempt:
 
     async def _freeze_whole(self) -> None:
         await self._record(self.frozen)
-        _hold(self.frozen)
+        cgroups.freeze(self.frozen.cgroup, self.frozen.version)
         await self._come_to_rest()
-        if procs.members(self.frozen.cgroup) != {task.pid for task in self._look().live}:
+        if cgroups.members(self.frozen.cgroup) != {task.pid for task in self._look().live}:
             raise TryAgain(
                 f"{self.frozen.cgroup} was all of tree {self._tree.pid} and nothing else, but "
                 f"while it was frozen a process was moved: try again"
@@ -319,8 +296,8 @@ class _Attempt:
                 placeholders=(*self.frozen.placeholders, *(each.id for each in placeholders)),
             )
             await self._record(self.frozen)
-            _make(self.frozen.cgroup)
-            _hold(self.frozen)
+            cgroups.make(self.frozen.cgroup)
+            cgroups.freeze(self.frozen.cgroup, self.frozen.version)
             await trio.to_thread.run_sync(_put, self.frozen.cgroup, found.outside, placeholders)
         return True
 
@@ -336,7 +313,7 @@ class _Attempt:
         ]
         parent = os.path.dirname(self.frozen.cgroup)  # stays: it has the leaf in it
         origins = {places[pid] for pid in outside} - {parent, None} - self._kept
-        emptied = [each for each in origins if each and procs.members(each) <= {*outside}]
+        emptied = [each for each in origins if each and cgroups.members(each) <= {*outside}]
         self._kept.update(emptied)
         return _Found(new, outside, emptied)
 
@@ -361,79 +338,19 @@ def _put(leaf: str, pids: Iterable[int], placeholders: Iterable[_Placeholder]) -
     for each in placeholders:
         each.settle()
     for pid in pids:
-        _move(pid, leaf)
-
-
-# What proc_pid_wchan(5) says of a task whose vfork(2) has not come to its exec.
-VFORK = ("kernel_clone", "_do_fork", "wait_for_vfork_done")
-
-
-def _starting(tree: ProcessTree) -> dict[int, str] | None:
-    """Return the threads that wait for the exec of a child, with their states.
-
-    None when a thread runs: one that was preempted on its way into that wait counts as frozen.
-    """
-    tasks = [facts.task(tid) for task in tree.live for tid in facts.threads(task.pid)]
-    if any(task is not None and task.state == "R" for task in tasks):
-        return None
-    return {
-        task.pid: task.state
-        for task in tasks
-        if task is not None and procs.read(f"/proc/{task.pid}/wchan") in VFORK
-    }
+        cgroups.move(pid, leaf)
 
 
 async def _rest(frozen: Frozen) -> None:
     pause_s = 0.0002
-    while not procs.is_at_rest(frozen.cgroup, frozen.version):
+    while not cgroups.is_at_rest(frozen.cgroup, frozen.version):
         if not os.path.isdir(frozen.cgroup):
             raise Gone(f"{frozen.cgroup} is gone: its tasks have ended")
         await trio.sleep(pause_s)
         pause_s = min(pause_s * 1.5, 0.01)
         if frozen.version == 1:
-            _hold(frozen)  # v1 asks each task once, and one in the wrong moment does not hear it
-
-
-def _unrest(frozen: Frozen, tree: ProcessTree) -> dict[int, str]:
-    """Return the threads that do not look frozen, with their states.
-
-    v2 shows a frozen one as sleeping. v1 shows it as waiting in the kernel, as it shows those
-    that cannot be interrupted there: only the thaw will tell them apart.
-    """
-    at_rest = "StTZX" if frozen.version == 2 else "tTZX"
-    tids = (
-        tid for pid in {*procs.members(frozen.cgroup), *tree.pids} for tid in facts.threads(pid)
-    )
-    found = {tid: task.state for tid in tids if (task := facts.task(tid)) is not None}
-    return {tid: state for tid, state in found.items() if state not in at_rest}
-
-
-def _why_no_rest(tree: ProcessTree, unrest: dict[int, str]) -> str:
-    """Name a task that could not be frozen, now that all the others are thawed."""
-    for tid, state in sorted(unrest.items(), key=lambda each: each[1] == "D"):
-        task = facts.task(tid)
-        if task is not None and (state != "D" or task.state == "D"):
-            return (
-                f"task {title(task)} of tree {tree.pid} does not come to rest, it waits in "
-                f"{_what_it_does(tid)}: nothing is frozen, try again when it has ended"
-            )
-    return f"tree {tree.pid} does not come to rest: nothing is frozen, try again"
-
-
-# The calls that hang in a dead server, by their x86_64 numbers; their first argument is a file.
-_CALLS = {"0": "read", "1": "write", "3": "close", "17": "pread64", "18": "pwrite64"}
-_CALLS |= {"16": "ioctl", "19": "readv", "20": "writev", "74": "fsync", "75": "fdatasync"}
-
-
-def _what_it_does(tid: int) -> str:
-    where = procs.read(f"/proc/{tid}/wchan").strip("0\n") or "the kernel"
-    if where in VFORK:
-        return "vfork, for a program that it started to come up"
-    words = procs.read(f"/proc/{tid}/syscall").split()
-    if len(words) < 2 or words[0] not in _CALLS or os.uname().machine != "x86_64":
-        return where
-    path = facts.link(tid, f"fd/{int(words[1], 16)}").decode(errors="replace")
-    return f"{where} ({_CALLS[words[0]]} on {path or 'a closed file'})"
+            # v1 asks each task once, and one in the wrong moment does not hear it
+            cgroups.freeze(frozen.cgroup, frozen.version)
 
 
 # -- thawing
@@ -443,7 +360,7 @@ async def _thaw(frozen: Frozen) -> None:
     if frozen.leaf:
         await _empty(frozen)
     else:
-        _release(frozen)
+        cgroups.thaw(frozen.cgroup, frozen.version)
     for placeholder in frozen.placeholders:
         await _end_placeholder(placeholder)
 
@@ -451,14 +368,15 @@ async def _thaw(frozen: Frozen) -> None:
 async def _empty(leaf: Frozen) -> None:
     pause_s = 0.0005
     while not await trio.to_thread.run_sync(_sweep, leaf):
-        _release(leaf)  # what is left of tasks that end: nothing in it is to be held
+        # What is left of tasks that end: nothing in it is to be held.
+        cgroups.thaw(leaf.cgroup, leaf.version)
         await trio.sleep(pause_s)
         pause_s = min(pause_s * 2, 0.02)
 
 
 def _sweep(leaf: Frozen) -> bool:
     """Send everybody home and remove the leaf; tell whether that was possible yet."""
-    for pid in procs.processes_in(leaf.cgroup):
+    for pid in cgroups.processes_in(leaf.cgroup):
         _send_home(pid, leaf)
     try:
         os.rmdir(leaf.cgroup)
@@ -474,11 +392,12 @@ def _send_home(pid: int, leaf: Frozen) -> None:
     home = _origin(pid, leaf)
     while True:
         try:
-            return _move(pid, home)
+            return cgroups.move(pid, home)
         except Gone:
             home = os.path.dirname(home)
         except EngineFailed as exc:
-            _release(leaf)  # running in the leaf, it is in its scope, and nothing is lost
+            # Running in the leaf, it is in its scope, and nothing is lost.
+            cgroups.thaw(leaf.cgroup, leaf.version)
             exc.fate = Fate.RUNNING
             raise
 
@@ -503,7 +422,7 @@ class _Placeholder(NamedTuple):
     go: int
 
     def settle(self) -> None:
-        _move(self.id.pid, self.place)
+        cgroups.move(self.id.pid, self.place)
         os.write(self.go, b"\n")
 
 
@@ -547,50 +466,3 @@ async def _end_placeholder(process: ProcessId) -> None:
 def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):  # started by the agent before this one
         os.waitpid(pid, os.WNOHANG)
-
-
-# -- the kernel's files
-
-
-def _knob(place: str, version: int) -> str:
-    return f"{place}/cgroup.freeze" if version == 2 else f"{place}/freezer.state"
-
-
-def _hold(frozen: Frozen) -> None:
-    _write(_knob(frozen.cgroup, frozen.version), "1" if frozen.version == 2 else "FROZEN")
-
-
-def _release(frozen: Frozen) -> None:
-    with contextlib.suppress(Gone):
-        _write(_knob(frozen.cgroup, frozen.version), "0" if frozen.version == 2 else "THAWED")
-
-
-def _make(place: str) -> None:
-    try:
-        os.mkdir(place)
-    except FileExistsError:
-        pass
-    except OSError as exc:
-        raise EngineFailed(f"cannot make the cgroup {place}: {exc.strerror}") from exc
-
-
-def _move(pid: int, place: str) -> None:
-    """Put a process with all its threads into a cgroup; nothing happens to one that ended."""
-    try:
-        _write(f"{place}/cgroup.procs", str(pid))
-    except EngineFailed as exc:
-        if not isinstance(exc.__cause__, ProcessLookupError):
-            raise
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
-    except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENODEV):
-            raise Gone(f"the cgroup {os.path.dirname(path)} is gone") from exc
-        raise EngineFailed(f"cannot write '{text}' to {path}: {exc.strerror}") from exc

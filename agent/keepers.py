@@ -29,8 +29,8 @@ from krgfs.errors import BadWords, EngineFailed, Gone, KrgError
 from krgfs.model import ProcessId
 from krgfs.verbs import signal_name
 
-from . import procs
-from .procs import Hierarchy
+from . import procs, texts
+from .cgroups import LEAF_PREFIX, Hierarchy
 
 CGROUP_PARENT = "krgfs"
 STALE_S = 60.0  # from making a cgroup to joining it takes milliseconds
@@ -226,8 +226,8 @@ def status(directory: str) -> Status:
         keeper=keeper,
         root=procs.process_id(task) if is_root and task is not None else None,
         inner_pid=inner,
-        ended=_spoken(procs.read(os.path.join(directory, "status")).strip()),
-        note=procs.read(os.path.join(directory, "note")),
+        ended=_spoken(texts.read(os.path.join(directory, "status")).strip()),
+        note=texts.read(os.path.join(directory, "note")),
     )
 
 
@@ -340,7 +340,7 @@ def tidy(run_dir: str, known: Collection[str]) -> list[str]:
 
 
 def _numbers(directory: str, name: str) -> tuple[int, int] | None:
-    words = procs.read(os.path.join(directory, name)).split()
+    words = texts.read(os.path.join(directory, name)).split()
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         return None
     return int(words[0]), int(words[1])
@@ -381,7 +381,7 @@ def own_cgroups(
     for mount in mounts:
         _sweep(os.path.join(mount, parent))
     for turn in itertools.count(1):
-        name = f"{procs.LEAF_PREFIX}{app}-{number}" + (f"~{turn}" if turn > 1 else "")
+        name = f"{LEAF_PREFIX}{app}-{number}" + (f"~{turn}" if turn > 1 else "")
         places = [os.path.join(mount, parent, name) for mount in mounts]
         if not any(map(os.path.exists, places)):
             return tuple(f"{place}/cgroup.procs" for place in places if _made(place))
@@ -392,7 +392,7 @@ def _sweep(parent: str) -> None:
     """Remove our cgroups that are empty, but none that somebody may be about to join."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for each in entries:
-            if each.name.startswith(procs.LEAF_PREFIX):
+            if each.name.startswith(LEAF_PREFIX):
                 with contextlib.suppress(OSError):
                     if time.time() - each.stat().st_mtime > STALE_S:
                         os.rmdir(each.path)
@@ -425,8 +425,8 @@ def cgroups_at(path: str, hierarchies: Sequence[Hierarchy]) -> tuple[str, ...]:
 
 def _remove_cgroups(directory: str) -> None:
     """Remove the cgroups that were made for a tree, unless something of it is still in them."""
-    for path in procs.read(os.path.join(directory, "cgroups")).splitlines():
+    for path in texts.read(os.path.join(directory, "cgroups")).splitlines():
         place = os.path.dirname(path)
-        if os.path.basename(place).startswith(procs.LEAF_PREFIX):
+        if os.path.basename(place).startswith(LEAF_PREFIX):
             with contextlib.suppress(OSError):
                 os.rmdir(place)

@@ -21,7 +21,8 @@ from krgfs import facts
 from krgfs.errors import Unsupported
 from krgfs.facts import Task
 
-from .procs import ProcessTree, read, title
+from .procs import ProcessTree, title
+from .texts import read
 
 
 class End(NamedTuple):

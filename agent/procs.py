@@ -8,7 +8,6 @@ checks that pid and start time still mean the same process. Nothing here changes
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pwd
 import signal as signals
@@ -22,8 +21,9 @@ from krgfs.errors import Fate, Gone, NotYours, Unsupported
 from krgfs.facts import Ids, Task
 from krgfs.model import Caller, ProcessId
 
+from . import cgroups, texts
+
 KEEPER = b"krg-keeper"
-LEAF_PREFIX = "krg-"
 # In the environment of the processes that keep an emptied cgroup alive; they are nobody's orphans.
 PLACEHOLDER = "KRG_PLACEHOLDER"
 
@@ -198,7 +198,7 @@ def fate(tree: ProcessTree) -> Fate:
     ]
     if not live:
         return Fate.GONE
-    freezers = [each for each in hierarchies() if each.can_freeze]
+    freezers = [each for each in cgroups.hierarchies() if each.can_freeze]
     if all(any(freezer.holds(task.pid) for freezer in freezers) for task in live):
         return Fate.FROZEN
     if all(task.state in "Tt" for task in live):
@@ -252,7 +252,7 @@ def told(word: str) -> list[ProcessId]:
     return [
         process_id(task)
         for task in facts.processes()
-        if word in read(f"/proc/{task.pid}/cmdline").split("\0")
+        if word in texts.read(f"/proc/{task.pid}/cmdline").split("\0")
     ]
 
 
@@ -365,13 +365,13 @@ def _in_cgroup(tree: ProcessTree, everybody: Mapping[int, Task]) -> Claims:
 
     A login's or terminal's scope is shared by all that was started there, and says nothing.
     """
-    for hierarchy in hierarchies():
+    for hierarchy in cgroups.hierarchies():
         place = hierarchy.directory(tree.pid) if hierarchy.groups_processes else None
-        if place is not None and os.path.basename(place).startswith(LEAF_PREFIX):
+        if place is not None and os.path.basename(place).startswith(cgroups.LEAF_PREFIX):
             place = os.path.dirname(place)
         if place in (None, hierarchy.mount) or not tree.is_session_leader:
             continue
-        inside = [task for pid in members(place) if (task := everybody.get(pid))]
+        inside = [task for pid in cgroups.members(place) if (task := everybody.get(pid))]
         pids = {task.pid for task in inside}
         is_made_for_root = (
             not place.endswith((".scope", ".slice"))
@@ -394,102 +394,4 @@ def _add_children(found: dict[int, str], others: Mapping[int, Task]) -> None:
 
 
 def _is_placeholder(pid: int) -> bool:
-    return f"{PLACEHOLDER}=" in read(f"/proc/{pid}/environ")
-
-
-# -- cgroups as /proc and their files show them
-
-
-class Hierarchy(NamedTuple):
-    """A mounted cgroup hierarchy: v2, or one of v1 with its controllers; cgroups(7)."""
-
-    mount: str
-    root: str
-    version: int
-    controllers: frozenset[str] = frozenset()
-
-    @property
-    def can_freeze(self) -> bool:
-        return self.version == 2 or "freezer" in self.controllers
-
-    @property
-    def groups_processes(self) -> bool:
-        """Whether its cgroups say what was started together: others are made for limits."""
-        return self.can_freeze or "name=systemd" in self.controllers
-
-    def directory(self, pid: int) -> str | None:
-        """Return the cgroup that a task is in, None when it ended or the mount does not show it."""
-        for line in read(f"/proc/{pid}/cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if frozenset(filter(None, controllers.split(","))) != self.controllers:
-                continue
-            below = os.path.relpath(path, self.root)
-            if below == ".." or below.startswith("../") or path.startswith("/.."):
-                return None
-            return os.path.normpath(os.path.join(self.mount, below))
-        return None
-
-    def holds(self, pid: int) -> bool:
-        """Tell whether the kernel has brought a task to rest here, by its cgroup or one above."""
-        place = self.directory(pid)
-        return place is not None and is_at_rest(place, self.version)
-
-
-def hierarchies() -> tuple[Hierarchy, ...]:
-    """Return the cgroup hierarchies that are mounted here, v2 first; proc_pid_mountinfo(5)."""
-    found: dict[frozenset[str], Hierarchy] = {}
-    known = _known_controllers()
-    for line in read("/proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        root, mount = (_unescape(word) for word in left.split()[3:5])
-        kind, _, options = right.split(" ", 2)
-        if kind == "cgroup2":
-            found.setdefault(frozenset(), Hierarchy(mount, root, 2))
-        elif kind == "cgroup":
-            words = frozenset(options.split(",")) & known
-            found.setdefault(words, Hierarchy(mount, root, 1, words))
-    return tuple(sorted(found.values(), key=lambda each: -each.version))
-
-
-def _known_controllers() -> frozenset[str]:
-    rows = (line.split(":", 2)[1] for line in read("/proc/self/cgroup").splitlines())
-    return frozenset(word for row in rows for word in row.split(",") if word)
-
-
-def _unescape(word: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        word = word.replace(code, char)
-    return word
-
-
-def is_at_rest(directory: str, version: int) -> bool:
-    """Tell whether every task of a cgroup is frozen, as the kernel says."""
-    if version == 2:
-        return "frozen 1" in read(f"{directory}/cgroup.events").splitlines()
-    return read(f"{directory}/freezer.state").strip() == "FROZEN"
-
-
-def members(directory: str) -> frozenset[int]:
-    """Return the pids of all processes in a cgroup and in those below it."""
-    return frozenset(pid for place, _, _ in os.walk(directory) for pid in processes_in(place))
-
-
-def processes_in(directory: str) -> frozenset[int]:
-    """Return the pids of a cgroup's processes; of all that have a thread in a threaded one."""
-    try:
-        with open(f"{directory}/cgroup.procs") as file:
-            return frozenset(map(int, file.read().split()))
-    except OSError as exc:
-        if exc.errno != errno.EOPNOTSUPP:
-            return frozenset()
-    threads = (facts.ids(int(tid)) for tid in read(f"{directory}/cgroup.threads").split())
-    return frozenset(ids.tgid for ids in threads if ids is not None)
-
-
-def read(path: str) -> str:
-    """Return what a kernel file says, nothing when it is not there."""
-    try:
-        with open(path, "rb") as file:
-            return os.fsdecode(file.read())
-    except OSError:
-        return ""
+    return f"{PLACEHOLDER}=" in texts.read(f"/proc/{pid}/environ")

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent import criu, criu_run, keepers, outside, procs
+from agent import cgroups, criu, criu_run, keepers, outside, procs
 from agent.criu import DumpReport, Engine
 from agent.freezer import Freezer
 from agent.keepers import Launched, LaunchFailed, Plan
@@ -898,7 +898,7 @@ async def test_own_cgroups_come_and_go(
     manifest, images, _ = await rig.dump(child.pid)
     await _end(child)
     launched = await rig.restore(manifest, images)
-    places = {each.directory(launched.root.pid) for each in procs.hierarchies()}
+    places = {each.directory(launched.root.pid) for each in cgroups.hierarchies()}
     own = {place for place in places if place and "/krgfs/krg-t-" in place}
     assert own, "the tree is in no cgroup of its own"
     await rig.kill(launched.root.pid)
@@ -913,7 +913,7 @@ async def test_the_caller_s_cgroups(
     manifest, images, _ = await rig.dump(child.pid)
     await _end(child)
     launched = await rig.restore(manifest, images, words="caller")
-    for each in procs.hierarchies():
+    for each in cgroups.hierarchies():
         assert each.directory(launched.root.pid) == each.directory(os.getpid())
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from agent import procs
+from agent import cgroups
 from agent.images import Images
 from krgfs import facts
 from tests.sites import Site, until
@@ -240,11 +240,11 @@ class Ground:
         """Return the cgroups that were made to freeze the workload in."""
         return [
             os.path.join(place, name)
-            for each in procs.hierarchies()
+            for each in cgroups.hierarchies()
             if each.can_freeze
             for place, folders, _ in os.walk(each.mount)
             for name in folders
-            if name.startswith(f"{procs.LEAF_PREFIX}{self.work.pid}.")
+            if name.startswith(f"{cgroups.LEAF_PREFIX}{self.work.pid}.")
         ]
 
     def _records(self, prefix: str) -> list[str]:
@@ -305,7 +305,7 @@ def parent(pid: int) -> int:
 def is_held(pid: int) -> bool:
     """Tell whether a freezer, of whichever hierarchy, holds a process."""
     return any(
-        procs.is_at_rest(place, each.version)
-        for each in procs.hierarchies()
+        cgroups.is_at_rest(place, each.version)
+        for each in cgroups.hierarchies()
         if each.can_freeze and (place := each.directory(pid)) is not None
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent import procs
+from agent import cgroups, procs
 from agent.criu import Engine
 from agent.freezer import Freezer
 from krgfs import facts
@@ -180,7 +180,7 @@ async def test_tasks_of_several_cgroups_share_a_leaf_and_go_back_each_to_its_own
 
     assert frozen.cgroup == f"{above}/krg-{play.mark}"
     (placeholder,) = frozen.placeholders
-    assert procs.members(one) == {placeholder.pid}, "an emptied cgroup is kept alive"
+    assert cgroups.members(one) == {placeholder.pid}, "an emptied cgroup is kept alive"
     assert kept.frozen[0].placeholders == frozen.placeholders, "recorded before it mattered"
     until(lambda: facts.task(placeholder.pid).comm == b"sleep", "settled")
     until(
@@ -240,12 +240,12 @@ rest()
         frozen = await freezer.freeze(procs.look(root), play.mark, kept)
         tree = procs.look(root)
         live = {task.pid for task in tree.live}
-        assert live <= procs.members(frozen.cgroup)
+        assert live <= cgroups.members(frozen.cgroup)
         assert live <= {each.pid for each in frozen.moved}
         assert procs.look(root).pids == tree.pids, "nobody is born or dies any more"
         await freezer.thaw(frozen)
         assert not os.path.exists(frozen.cgroup)
-        assert live & procs.members(place), "they go on where they were"
+        assert live & cgroups.members(place), "they go on where they were"
 
 
 async def test_new_tasks_are_recorded_before_they_are_moved(play, freezer, make):
@@ -263,7 +263,7 @@ async def test_new_tasks_are_recorded_before_they_are_moved(play, freezer, make)
         records.append(frozen)
         if len(records) == 1:
             os.kill(root, signal.SIGUSR1)
-            until(lambda: procs.members(also) - {root}, "a child in another cgroup")
+            until(lambda: cgroups.members(also) - {root}, "a child in another cgroup")
         else:
             (late,) = facts.children(root)
             assert where(freezer, late) == [also], "recorded, not moved yet"
@@ -557,7 +557,7 @@ async def test_threaded_cgroups_take_no_leaf(play, tmp_path):
     with pytest.raises(Unsupported, match="cgroups for threads"):
         await freezer.freeze(procs.look(root), play.mark, Kept())
     os.kill(other, signal.SIGKILL)
-    until(lambda: other not in procs.members(domain), "alone")
+    until(lambda: other not in cgroups.members(domain), "alone")
     frozen = await freezer.freeze(procs.look(root), play.mark, Kept())
     assert frozen.cgroup == domain, "alone, the whole domain is frozen"
     await freezer.thaw(frozen)
@@ -615,7 +615,7 @@ async def test_a_whole_cgroup_is_killed_too(play, freezer, make):
     with trio.fail_after(5):
         await freezer.kill(frozen, tree)
     assert procs.fate(tree) is Fate.GONE
-    assert not procs.members(place)
+    assert not cgroups.members(place)
 
 
 # -- the hierarchies

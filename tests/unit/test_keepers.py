@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import keepers, procs
+from agent import cgroups, keepers, procs
+from agent.cgroups import Hierarchy
 from agent.keepers import Inherit, Owner, Plan, Status
-from agent.procs import Hierarchy
 from krgfs import facts
 from krgfs.errors import BadWords, Gone
 from krgfs.model import ProcessId
@@ -204,7 +204,7 @@ def test_a_cgroup_by_path(mounts: tuple[Hierarchy, ...], tmp_path: Path) -> None
 
 
 def test_the_caller_s_cgroups() -> None:
-    found = keepers.cgroups_of(os.getpid(), procs.hierarchies())
+    found = keepers.cgroups_of(os.getpid(), cgroups.hierarchies())
     assert all(path.endswith("/cgroup.procs") and os.path.exists(path) for path in found)
     with pytest.raises(Gone, match="has ended"):
-        keepers.cgroups_of(ended_pid(), procs.hierarchies())
+        keepers.cgroups_of(ended_pid(), cgroups.hierarchies())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent import procs
+from agent import cgroups, procs, texts
 from krgfs import facts
 from krgfs.errors import Fate, Gone, NotYours, Unsupported
 from krgfs.model import Caller, ProcessId
@@ -104,7 +104,7 @@ class Playground:
                 process.wait(10)
 
     def _remove_cgroups(self) -> None:
-        for hierarchy in procs.hierarchies():
+        for hierarchy in cgroups.hierarchies():
             if not hierarchy.can_freeze:
                 continue
             for place, _, _ in os.walk(hierarchy.mount, topdown=False):
@@ -112,10 +112,10 @@ class Playground:
                     remove_cgroup(place, hierarchy)
 
 
-def remove_cgroup(place: str, hierarchy: procs.Hierarchy) -> None:
+def remove_cgroup(place: str, hierarchy: cgroups.Hierarchy) -> None:
     knob, value = ("cgroup.freeze", "0") if hierarchy.version == 2 else ("freezer.state", "THAWED")
     Path(place, knob).write_text(value)
-    for pid in procs.processes_in(place):
+    for pid in cgroups.processes_in(place):
         with contextlib.suppress(OSError):
             Path(hierarchy.mount, "cgroup.procs").write_text(str(pid))
     for _ in range(500):
@@ -468,7 +468,7 @@ def test_a_container_with_more_than_the_tree_says_nothing(play):
 
 @pytest.fixture(params=["v2", "v1"])
 def hierarchy(request):
-    for each in procs.hierarchies():
+    for each in cgroups.hierarchies():
         if each.can_freeze and f"v{each.version}" == request.param:
             return each
     return pytest.skip(f"no cgroup {request.param} hierarchy with a freezer is mounted here")
@@ -511,7 +511,7 @@ def test_a_cgroup_where_others_were_first_says_nothing(play, hierarchy):
     time.sleep(2 / facts.CLOCK_TICKS)
     root, left = play.run(f"PLACE = {place!r}\n" + DAEMON)
     until(lambda: facts.task(left).sid == left, "a daemon")
-    assert left in procs.members(place)
+    assert left in cgroups.members(place)
     assert names(procs.look(root)) == {}
 
 
@@ -534,7 +534,7 @@ rest()
 """
     )
     until(lambda: facts.task(one).sid == one, "a session of its own")
-    assert other in procs.members(place)
+    assert other in cgroups.members(place)
     assert names(procs.look(one)) == {}
 
 
@@ -545,7 +545,7 @@ def test_a_keeper_is_nobodys_orphan(play, hierarchy):
     daemon = DAEMON.replace("rest())))", f"exec({keeper!r}))))")
     root, left = play.run(f"PLACE = {place!r}\n" + daemon)
     until(lambda: facts.task(left).comm == procs.KEEPER, "named so")
-    assert left in procs.members(place)
+    assert left in cgroups.members(place)
     assert names(procs.look(root)) == {}
 
 
@@ -560,7 +560,7 @@ def test_placeholders_are_nobodys_orphans(play, hierarchy):
     )
     play._started.append(held)
     Path(place, "cgroup.procs").write_text(str(held.pid))
-    until(lambda: procs.PLACEHOLDER in procs.read(f"/proc/{held.pid}/environ"), "it sleeps")
+    until(lambda: procs.PLACEHOLDER in texts.read(f"/proc/{held.pid}/environ"), "it sleeps")
     until(lambda: facts.task(left).sid == left, "a daemon")
-    assert held.pid in procs.members(place)
+    assert held.pid in cgroups.members(place)
     assert set(names(procs.look(root))) == {left}
