@@ -18,21 +18,17 @@ import trio
 from pyfuse3 import FileHandleT, InodeT
 
 from . import facts, tree, wire
+from .attributes import XATTR, Attributes, xattrs
 from .blocked import Blocked
 from .client import Client
+from .edits import Edits
 from .errors import Gone, KrgError, NotYours
 from .handles import Handles
 from .inodes import Inodes
-from .model import Caller, Image, ImageFile, Import, View
-from .tree import Kind, Place, Sight
-from .verbs import VERSION
+from .model import Caller, View
+from .places import Kind, Place, Sight, is_import
 
 log = logging.getLogger(__name__)
-STAYS_S = 1.0
-HIDDEN_S = 5.0
-CHANGING = (Kind.VERB, Kind.LINK)
-STABLE = (Kind.DIR, Kind.STATE)
-XATTR = b"user.krg."
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -54,6 +50,10 @@ def guarded(handler: F) -> F:
     return answer  # type: ignore[return-value]
 
 
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
 class Mount(pyfuse3.Operations):
     """One mount: `serve` runs it until it is unmounted or cancelled."""
 
@@ -73,11 +73,10 @@ class Mount(pyfuse3.Operations):
             holding=lambda: [handle.job for handle in self.handles if handle.job],
         )
         self.handles = Handles(self.client, self.blocked, self._sight)
-        self._hide_pids = hide_pids
-        self._hidden: dict[Place, float] = {}
+        self.attributes = Attributes(hide_pids)
+        self.edits = Edits(self.client)
         self._listings: dict[int, tuple[list[tuple[str, Place]], Caller]] = {}
         self._next_listing = 0
-        self._processes: dict[int, pyfuse3.EntryAttributes] = {}
         self._dumps: dict[int, tuple[list[int], list[Place]]] = {}
         self._polls: dict[int, pyfuse3.PollHandle] = {}
         self._nursery: trio.Nursery | None = None
@@ -131,7 +130,7 @@ class Mount(pyfuse3.Operations):
         self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         place = await self._find(parent, name, ctx)
-        return self._attributes(place, self.inodes.looked_up(place), self._look(ctx))
+        return self.attributes.of(place, self.inodes.looked_up(place), self._look(ctx))
 
     def _current(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Place:
         """Return the place of an inode. ESTALE has the kernel look the path up again, where it
@@ -145,14 +144,14 @@ class Mount(pyfuse3.Operations):
         directory = self._current(parent, ctx)
         await self._know(directory, ctx)
         place = tree.find(self._look(ctx), directory, name.decode("utf-8", "surrogateescape"))
-        if place is None or self._is_hidden(place):
+        if place is None or self.edits.is_hidden(place):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return place
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
             if self.inodes.forget(inode, lookups):
-                self._processes.pop(inode, None)
+                self.attributes.forget(inode)
 
     @guarded
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -160,7 +159,7 @@ class Mount(pyfuse3.Operations):
         sight = self._look(ctx)
         if not tree.is_there(sight, place):
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return self._attributes(place, inode, sight)
+        return self.attributes.of(place, inode, sight)
 
     @guarded
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> bytes:
@@ -169,56 +168,6 @@ class Mount(pyfuse3.Operations):
         if place.row.path == "self":
             return place.row.render(self._sight(self._caller(ctx)), place)
         return place.row.render(self._look(ctx), place)
-
-    def _attributes(self, place: Place, inode: int, sight: Sight) -> pyfuse3.EntryAttributes:
-        row = place.row
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = inode
-        entry.st_mode = row.type | self._mode(place, sight)
-        entry.st_uid, entry.st_gid = row.owner(sight, place)
-        entry.st_nlink = 2 if row.kind is Kind.DIR else 1
-        entry.entry_timeout = 0.0 if row.kind in CHANGING else STAYS_S
-        entry.attr_timeout = STAYS_S if row.kind in STABLE else 0.0
-        entry.st_blksize = wire.MAX_DATA if row.kind is Kind.DATA else 4096
-        self._size(place, entry, sight)
-        created = self._created(place, sight)
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = created
-        if row.name == "PID":
-            self._processes[inode] = entry
-        return entry
-
-    def _mode(self, place: Place, sight: Sight) -> int:
-        if place.row.path == "images/APP/VERSION/FILE" and self._is_import(place, sight):
-            return 0o600
-        if self._hide_pids and place.row.path.endswith("PID/status"):
-            return 0o400
-        return place.row.mode
-
-    def _is_import(self, place: Place, sight: Sight) -> bool:
-        return isinstance(tree.version_of(sight, place.args[0], place.args[1]), Import)
-
-    def _size(self, place: Place, entry: pyfuse3.EntryAttributes, sight: Sight) -> None:
-        if place.row.kind is Kind.GROWING:
-            assert place.row.render is not None
-            entry.st_size = len(place.row.render(sight, place))
-        elif place.row.path == "images/APP/VERSION/FILE":
-            file = sight.files.get(place.args[:2], {}).get(
-                place.args[2], ImageFile(name="", size=0)
-            )
-            entry.st_size = file.size
-            entry.st_blocks = -(-file.stored_bytes // 512)
-
-    def _created(self, place: Place, sight: Sight) -> int:
-        row = place.row
-        if row.path.startswith("images/APP/VERSION"):
-            found = tree.version_of(sight, place.args[0], place.args[1])
-            return int(found.created * 1e9) if found else 0
-        if row.path.startswith("jobs/JOB"):
-            job = sight.view.jobs.get(place.args[0])
-            return int((job.ended or job.started) * 1e9) if job else 0
-        if "/PID" in row.path:
-            return int((facts.BOOT_TIME + place.args[-1] / facts.CLOCK_TICKS) * 1e9)
-        return int(facts.BOOT_TIME * 1e9)
 
     # -- directories
 
@@ -229,7 +178,8 @@ class Mount(pyfuse3.Operations):
         sight = self._look(ctx)
         if not tree.is_there(sight, place):
             raise pyfuse3.FUSEError(errno.ENOENT)
-        found = [item for item in tree.entries(sight, place) if not self._is_hidden(item[1])]
+        is_hidden = self.edits.is_hidden
+        found = [item for item in tree.entries(sight, place) if not is_hidden(item[1])]
         self._next_listing += 1
         self._listings[self._next_listing] = found, self._reader(ctx)
         return self._next_listing
@@ -238,26 +188,16 @@ class Mount(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         found, caller = self._listings[fh]
         sight = self._sight(caller)
+        listed, attributes_of = self.attributes.listed, self.attributes.of
         for position in range(start_id, len(found)):  # this loop is what ls -l waits for
             name, place = found[position]
             inode = self.inodes.shown(place)
-            entry = self._listed(name, inode) or self._attributes(place, inode, sight)
+            entry = listed(name, inode) or attributes_of(place, inode, sight)
             raw = name.encode("utf-8", "surrogateescape")
             if not pyfuse3.readdir_reply(token, raw, entry, position + 1):
                 self.inodes.drop_unused(inode)
                 return
             self.inodes.counted(inode)
-
-    def _listed(self, name: str, inode: int) -> pyfuse3.EntryAttributes | None:
-        """Return the attributes of a process directory that was looked up before: only its owner
-        can have changed, and that was seen when the directory was opened."""
-        known = self._processes.get(inode)
-        if known is not None:
-            owner = tree.listed_owner(name)
-            if owner is None:
-                return None
-            known.st_uid, known.st_gid = owner
-        return known
 
     async def releasedir(self, fh: FileHandleT) -> None:
         self._listings.pop(fh, None)
@@ -338,118 +278,50 @@ class Mount(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         place = self.inodes.place(inode)
-        sight = self._look(ctx)
-        in_import = place.row.path.startswith("images/APP/VERSION") and self._is_import(
-            place, sight
-        )
-        if fields.update_size and in_import:
-            app, name, file = place.args
-            await self.client.call(
-                wire.TruncateFile,
-                self._caller(ctx),
-                app=app,
-                name=name,
-                file=file,
-                size=attr.st_size,
-            )
-            await self._relist(place.args[:2], ctx)
+        if fields.update_size and is_import(self._look(ctx), place):
+            await self.edits.truncate(place, attr.st_size, self._caller(ctx))
         elif fields.update_size and place.row.kind is Kind.DATA:
             raise pyfuse3.FUSEError(errno.EPERM)
         changes_owner = fields.update_uid or fields.update_gid or fields.update_mode
         if changes_owner and not place.row.path.startswith("images/APP/VERSION"):
             raise pyfuse3.FUSEError(errno.EPERM)
-        return self._attributes(place, inode, self._look(ctx))
+        return self.attributes.of(place, inode, self._look(ctx))
 
-    # -- what may be made and removed: apps, versions, labels, and the files of imports
+    # -- what may be made and removed
 
     @guarded
     async def mkdir(
         self, parent: InodeT, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        place = self.inodes.place(parent)
-        text = name.decode("utf-8", "surrogateescape")
-        if place.row.path == "images":
-            await self.client.call(wire.MakeApp, self._caller(ctx), app=text)
-            self._hidden.clear()
-        elif place.row.path == "images/APP":
-            (app,) = place.args
-            await self.client.call(wire.BeginImport, self._caller(ctx), app=app, name=text)
-        else:
-            raise pyfuse3.FUSEError(errno.EPERM)
+        directory = self.inodes.place(parent)
+        await self.edits.make_directory(directory, _text(name), self._caller(ctx))
         return await self.lookup(parent, name, ctx)
 
     @guarded
     async def rmdir(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         place = await self._find(parent, name, ctx)
-        if place.row.path == "images/APP":
-            await self.client.call(wire.RemoveApp, self._caller(ctx), app=place.args[0])
-        elif place.row.path == "images/APP/VERSION":
-            app, version = place.args
-            try:
-                await self.client.call(wire.RemoveVersion, self._caller(ctx), app=app, name=version)
-            finally:
-                self._show(place)
-        else:
-            raise pyfuse3.FUSEError(errno.EPERM)
+        await self.edits.remove_directory(place, self._caller(ctx))
 
     @guarded
     async def create(
         self, parent: InodeT, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         directory = self.inodes.place(parent)
-        if directory.row.path != "images/APP/VERSION" or not self._is_import(
-            directory, self._look(ctx)
-        ):
-            raise pyfuse3.FUSEError(errno.EPERM)
-        app, version = directory.args
-        file = name.decode("utf-8", "surrogateescape")
-        await self.client.call(
-            wire.WriteFile,
-            self._caller(ctx),
-            app=app,
-            name=version,
-            file=file,
-            offset=0,
-            data=b"",
-        )
-        await self._relist(directory.args, ctx)
+        await self.edits.make_file(directory, _text(name), self._caller(ctx))
         attributes = await self.lookup(parent, name, ctx)
         return await self.open(attributes.st_ino, flags, ctx), attributes
 
     @guarded
     async def unlink(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         place = await self._find(parent, name, ctx)
-        if place.row.path == "images/APP/LABEL":
-            app, label = place.args
-            await self.client.call(wire.RemoveLabel, self._caller(ctx), app=app, label=label)
-        elif place.row.path == "images/APP/VERSION/FILE":
-            await self._unlink_file(place, ctx)
-        elif place.row.path in ("images/APP/index", "images/APP/latest"):
-            self._hide(place)
-        else:
-            raise pyfuse3.FUSEError(errno.EPERM)
-
-    async def _unlink_file(self, place: Place, ctx: pyfuse3.RequestContext) -> None:
-        if not self._is_import(place, self._look(ctx)):
-            self._hide(place)
-            return
-        app, name, file = place.args
-        await self.client.call(wire.RemoveFile, self._caller(ctx), app=app, name=name, file=file)
-        await self._relist(place.args[:2], ctx)
+        await self.edits.remove_file(place, self._caller(ctx))
 
     @guarded
     async def symlink(
         self, parent: InodeT, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         directory = self.inodes.place(parent)
-        if directory.row.path != "images/APP":
-            raise pyfuse3.FUSEError(errno.EPERM)
-        (app,) = directory.args
-        version = target.decode("utf-8", "surrogateescape").rstrip("/").rpartition("/")[2]
-        label = name.decode("utf-8", "surrogateescape")
-        await self.client.call(
-            wire.SetLabel, self._caller(ctx), app=app, label=label, version=version
-        )
+        await self.edits.make_label(directory, _text(name), _text(target), self._caller(ctx))
         return await self.lookup(parent, name, ctx)
 
     @guarded
@@ -463,17 +335,9 @@ class Mount(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         old = await self._find(parent_old, name_old, ctx)
-        to = name_new.decode("utf-8", "surrogateescape")
-        if (
-            old.row.path != "images/APP/VERSION"
-            or parent_old != parent_new
-            or not self._is_import(old, self._look(ctx))
-            or not VERSION.match(to)
-            or flags & ~pyfuse3.RENAME_NOREPLACE
-        ):
+        if parent_old != parent_new or flags & ~pyfuse3.RENAME_NOREPLACE:
             raise pyfuse3.FUSEError(errno.EPERM)
-        app, name = old.args
-        await self.client.call(wire.CommitImport, self._caller(ctx), app=app, name=name, to=to)
+        await self.edits.commit(old, _text(name_new), self._caller(ctx))
 
     @guarded
     async def link(self, *args: Any) -> pyfuse3.EntryAttributes:
@@ -482,32 +346,6 @@ class Mount(pyfuse3.Operations):
     @guarded
     async def mknod(self, *args: Any) -> pyfuse3.EntryAttributes:
         raise pyfuse3.FUSEError(errno.EPERM)
-
-    async def _relist(self, version: tuple[Any, ...], ctx: pyfuse3.RequestContext) -> None:
-        self.client.listings.pop((version[0], version[1]), None)
-        await self.client.files(self._caller(ctx), version[0], version[1])
-
-    def _hide(self, place: Place) -> None:
-        """An unlink inside a committed image hides the name for a while: `rm -r` gets on to the
-        rmdir, which removes; one that was interrupted leaves the image whole."""
-        self._hidden[place] = trio.current_time() + HIDDEN_S
-
-    def _show(self, version: Place) -> None:
-        """Removed or refused: what was hidden in a version is hidden no longer."""
-        within = len(version.args)
-        for place in [each for each in self._hidden if each.args[:within] == version.args]:
-            del self._hidden[place]
-
-    def _is_hidden(self, place: Place) -> bool:
-        if not self._hidden:
-            return False
-        until = self._hidden.get(place)
-        if until is None:
-            return False
-        if until > trio.current_time():
-            return True
-        del self._hidden[place]
-        return False
 
     # -- figures and attributes
 
@@ -527,43 +365,26 @@ class Mount(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if not name.startswith(XATTR):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-        found = self._xattrs(inode, ctx).get(name)
+        found = xattrs(self._look(ctx), self.inodes.place(inode)).get(name)
         if found is None:
             raise pyfuse3.FUSEError(errno.ENODATA)
         return found
 
     @guarded
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        return list(self._xattrs(inode, ctx))
+        return list(xattrs(self._look(ctx), self.inodes.place(inode)))
 
     @guarded
     async def setxattr(
         self, inode: InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        place = self.inodes.place(inode)
-        is_import = place.row.path.startswith("images/APP/VERSION") and self._is_import(
-            place, self._look(ctx)
-        )
-        if not is_import or not name.startswith(XATTR):
+        within = is_import(self._look(ctx), self.inodes.place(inode))
+        if not within or not name.startswith(XATTR):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
 
     @guarded
     async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-
-    def _xattrs(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> dict[bytes, bytes]:
-        place = self.inodes.place(inode)
-        sight = self._look(ctx)
-        pairs: dict[str, object] = {}
-        if place.row.path == "images/APP/VERSION":
-            found = tree.version_of(sight, *place.args)
-            pairs = _image_facts(found) if isinstance(found, Image) else {"complete": "no"}
-        elif place.row.path.endswith("procs/PID"):
-            known = tree.tree_of(sight, place)
-            pairs = {"node": tree.node_of(sight, place)}
-            if known is not None:
-                pairs |= {"app": known.app, "last_image": known.last_image}
-        return {XATTR + key.encode(): str(value).encode() for key, value in pairs.items()}
 
     # -- what the agent tells
 
@@ -612,18 +433,3 @@ class Mount(pyfuse3.Operations):
         _, places = self._dumps.pop(ticket, ((), ()))
         for place in places:
             self.inodes.unpin(place)
-
-
-def _image_facts(image: Image) -> dict[str, object]:
-    return {
-        "app": image.app,
-        "node": image.node,
-        "created": f"{image.created:.3f}",
-        "freeze_ms": f"{image.freeze_ms:.1f}",
-        "logical_bytes": image.logical_bytes,
-        "stored_bytes": image.stored_bytes,
-        "digest": image.digest,
-        "complete": "yes",
-        "owner": image.uid,
-        **({"damaged": image.damaged} if image.damaged else {}),
-    }

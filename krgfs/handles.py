@@ -32,7 +32,7 @@ from .errors import (
     name_of,
 )
 from .model import Caller, Job, Phase
-from .tree import Kind, Place, Sight
+from .places import Kind, Place, Sight, tree_of
 from .verbs import MAX_BYTES, Checkpoint, Command, Freeze, Restart, Wait, parse
 
 CLOSING_S = 0.1
@@ -368,7 +368,7 @@ class Handles:
             raise Cancelled(f"{waiting.why and waiting.why.value}; process {pid} goes on")
 
     def _status_is_due(self, handle: Handle) -> bool:
-        known = tree.tree_of(self._sight(handle.caller), handle.place)
+        known = tree_of(self._sight(handle.caller), handle.place)
         return known is not None and known.keeper is not None and not known.ended
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from itertools import count
 
-from .tree import ROOT, Kind, Place
+from .places import Kind, Place
+from .tree import ROOT
 
 ROOT_INODE = 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from krgfs import tree as table
+from krgfs import table
 from krgfs.verbs import MAX_BYTES
 from tests.mount.conftest import typing, wait_blocked
 from tests.sites import Site, sleeper, until

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from krgfs import tree
+from krgfs import table
 from krgfs.inodes import Inodes
-from krgfs.tree import Place
+from krgfs.places import Place
 
-ROWS = {row.path: row for row in tree.TABLE}
+ROWS = {row.path: row for row in table.TABLE}
 STATUS = Place(ROWS["nodes/NODE/procs/PID/status"], ("n1", 42, 1000))
 VERB = Place(ROWS["nodes/NODE/procs/PID/checkpoint"], ("n1", 42, 1000))
 

@@ -15,10 +15,11 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "model",
     "verbs",
     "wire",
-    "render",
+    "render places",
+    "table",
     "tree",
-    "client inodes blocked",
-    "handles",
+    "client inodes blocked attributes",
+    "handles edits",
     "fuse",
     "mount",
     "cli_files",
@@ -29,7 +30,8 @@ KRGFS = (  # a room may import what stands in the lines above its own
 )
 HEIGHT = {f"krgfs.{name}": at for at, line in enumerate(KRGFS) for name in line.split()}
 FOR_BOTH = {"krgfs", "krgfs.errors", "krgfs.model", "krgfs.verbs", "krgfs.wire", "krgfs.facts"}
-PYFUSE3 = {"krgfs.fuse", "krgfs.mount", "krgfs.doctor"}  # doctor tries whether it is there
+ADAPTER = {"krgfs.attributes", "krgfs.edits", "krgfs.fuse", "krgfs.mount"}
+PYFUSE3 = ADAPTER | {"krgfs.doctor"}  # doctor tries whether it is there
 CRIU = ("agent.criu", "agent.keepers")  # what the names of rooms begin with that know its options
 
 MODULES = {

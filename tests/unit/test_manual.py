@@ -22,7 +22,7 @@ import click
 import pytest
 
 from agent import daemon, figures
-from krgfs import cli, errors, fuse, mount, render, tree, verbs
+from krgfs import cli, errors, fuse, mount, places, render, table, tree, verbs
 from krgfs.model import Image, Import, Job, Load, Node, ProcessId, Tree, View
 
 ROOT = Path(__file__).parents[2]
@@ -99,13 +99,13 @@ def differences(documented: Iterable[str], real: Iterable[str]) -> list[str]:
 # -- files and their modes
 
 
-def file_differences(rows: Iterable[tree.Row]) -> list[str]:
+def file_differences(rows: Iterable[places.Row]) -> list[str]:
     heads = [i.head for i in items("krgfs.5") if i.section == "FILES" and not i.parent]
     return differences(heads, (f"{row.path} Pq {row.mode:04o}" for row in rows if row.path))
 
 
 def test_every_file_and_mode() -> None:
-    assert file_differences(tree.TABLE) == []
+    assert file_differences(table.TABLE) == []
 
 
 def test_every_variable_part_is_explained() -> None:
@@ -319,9 +319,9 @@ async def attributes() -> set[str]:
     pid, node = os.getpid(), "n1"
     image = Image(app="a", version=1, created=1.0, node=node, uid=0, damaged="yes")
     mounted = fuse.Mount("/nowhere", hide_pids=False)
-    start = tree.find(tree.Sight(View(nodes={node: Node(name=node)})), tree.ROOT, "nodes")
+    start = tree.find(places.Sight(View(nodes={node: Node(name=node)})), tree.ROOT, "nodes")
     assert start is not None
-    look = tree.Sight(View(nodes={node: Node(name=node)}))
+    look = places.Sight(View(nodes={node: Node(name=node)}))
     process = place(look, "nodes", node, "procs", str(pid))
     known = Tree(id=ProcessId(pid=pid, start=process.args[2], boot="b"), app="a")
     view = View(
@@ -336,13 +336,13 @@ async def attributes() -> set[str]:
     ctx = SimpleNamespace(uid=0, gid=0, pid=pid)
     names: set[str] = set()
     for path in ("images/a/v1", "images/a/v2", f"nodes/{node}/procs/{pid}"):
-        inode = mounted.inodes.looked_up(place(tree.Sight(view), *path.split("/")))
+        inode = mounted.inodes.looked_up(place(places.Sight(view), *path.split("/")))
         names |= {name.decode() for name in await mounted.listxattr(cast(Any, inode), ctx)}
     return names
 
 
-def place(sight: tree.Sight, *path: str) -> tree.Place:
-    found: tree.Place | None = tree.ROOT
+def place(sight: places.Sight, *path: str) -> places.Place:
+    found: places.Place | None = tree.ROOT
     for name in path:
         assert found is not None
         found = tree.find(sight, found, name)
@@ -379,13 +379,13 @@ def test_page_is_well_formed(page: Path) -> None:
 
 
 def test_these_tests_can_fail() -> None:
-    row = tree.Row("nodes/NODE/made-up", tree.Kind.STATE, 0o444, "")
-    assert file_differences([*tree.TABLE, row]) == [
+    row = places.Row("nodes/NODE/made-up", places.Kind.STATE, 0o444, "")
+    assert file_differences([*table.TABLE, row]) == [
         "nodes/NODE/made-up Pq 0444 is not in the manual"
     ]
-    closed = [replace(r, mode=0o400) if r.path == "version" else r for r in tree.TABLE]
+    closed = [replace(r, mode=0o400) if r.path == "version" else r for r in table.TABLE]
     assert len(file_differences(closed)) == 2
-    assert file_differences(tree.TABLE[:-1]) == ["jobs/JOB/cancel Pq 0600 is in the manual alone"]
+    assert file_differences(table.TABLE[:-1]) == ["jobs/JOB/cancel Pq 0600 is in the manual alone"]
 
     verb = verbs.TABLE["checkpoint"]
     made_up = verbs.Word("made-up", "desc", "", str, str, "TEXT")
