@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from typing import NamedTuple
 
 from krgfs import facts
@@ -17,6 +18,7 @@ from krgfs.errors import EngineFailed, Gone
 from . import texts
 
 LEAF_PREFIX = "krg-"  # what the cgroups that are ours begin with
+FREEZE_LEAF = re.compile(r"krg-\d+\.\d+")
 
 
 class Hierarchy(NamedTuple):
@@ -84,6 +86,11 @@ def _unescape(word: str) -> str:
 def members(directory: str) -> frozenset[int]:
     """Return the pids of all processes in a cgroup and in those below it."""
     return frozenset(pid for place, _, _ in os.walk(directory) for pid in processes_in(place))
+
+
+def is_of_freeze(place: str) -> bool:
+    """Tell whether a cgroup was made to freeze a tree in (krg-PID.JOB), below the tree's own."""
+    return FREEZE_LEAF.fullmatch(os.path.basename(place)) is not None
 
 
 def processes_in(directory: str) -> frozenset[int]:

@@ -367,7 +367,7 @@ def _in_cgroup(tree: ProcessTree, everybody: Mapping[int, Task]) -> Claims:
     """
     for hierarchy in cgroups.hierarchies():
         place = hierarchy.directory(tree.pid) if hierarchy.groups_processes else None
-        if place is not None and os.path.basename(place).startswith(cgroups.LEAF_PREFIX):
+        if place is not None and cgroups.is_of_freeze(place):
             place = os.path.dirname(place)
         if place in (None, hierarchy.mount) or not tree.is_session_leader:
             continue

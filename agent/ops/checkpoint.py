@@ -223,8 +223,8 @@ def _refuse_orphans(tree: ProcessTree, words: Checkpoint) -> None:
     if found:
         told = "; ".join(f"{procs.title(task)}: {why}" for task, why in found[:5])
         raise Unsupported(
-            f"{len(found)} tasks belong to the tree {tree.pid} but hang elsewhere ({told}); "
-            "they would be lost: checkpoint the process above them, or write orphans=drop",
+            f"tasks belong to the tree {tree.pid} but hang elsewhere ({len(found)}: {told}) and "
+            "would be lost: checkpoint the process above them, or write orphans=drop",
             fate=Fate.RUNNING,
         )
 

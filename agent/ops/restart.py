@@ -6,6 +6,9 @@ exit status. At most one incarnation of an app lives.
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+
 import trio
 from msgspec.structs import replace
 
@@ -17,7 +20,7 @@ from krgfs.verbs import Restart
 from .. import criu, keepers, names, procs
 from ..jobs import Running
 from ..journal import KeeperStarted
-from ..keepers import Launched
+from ..keepers import Launched, Plan
 from ..manifest import Manifest
 from ..parts import Parts
 
@@ -44,15 +47,25 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
                 directory,
             )
             async with intent.noted(KeeperStarted(directory)):
-                try:
-                    launched = await keepers.launch(parts.keeper, directory, plan)
-                finally:
-                    with trio.CancelScope(shield=True):
-                        job.said = await criu.kept_words(directory, parts.job_log(job.id))
+                launched = await _launched(parts, job, directory, plan)
                 # ---- commit: the tree runs; from here it is the app's incarnation
                 with trio.CancelScope(shield=True):
                     line = await _commit(parts, job, app, image, launched, directory)
     return line
+
+
+async def _launched(parts: Parts, job: Running, directory: str, plan: Plan) -> Launched:
+    """Start the tree and keep what CRIU said; nothing of a launch that failed stays."""
+    try:
+        launched = await keepers.launch(parts.keeper, directory, plan)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            job.said = await criu.kept_words(directory, parts.job_log(job.id))
+            await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+        raise
+    with trio.CancelScope(shield=True):
+        job.said = await criu.kept_words(directory, parts.job_log(job.id))
+    return launched
 
 
 async def adopt(parts: Parts, running: Running, directory: str) -> str:

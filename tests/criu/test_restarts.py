@@ -185,6 +185,15 @@ def test_by_default_a_tree_gets_a_cgroup_of_its_own(stage: Stage) -> None:
     stage.passes(workload)
 
 
+def test_a_tree_that_was_restarted_later_is_no_part_of_another(stage: Stage) -> None:
+    first, second = stage.begin("counter"), stage.begin("small")
+    for workload in (first, second):
+        stage.restart(workload, stage.checkpoint_and_end(workload, f"name=of-{workload.name}"))
+    for workload in (first, second):
+        stage.checkpoint(workload)
+        stage.passes(workload)
+
+
 def test_cgroup_path_puts_a_tree_there(stage: Stage, cgroups: str) -> None:
     workload = stage.begin("proctree")
     ref = stage.checkpoint_and_end(workload)

@@ -43,6 +43,7 @@ def test_a_restart_is_given_up(here: Ground, slow: Path, how: str) -> None:
     else:
         write.kill()
     assert here.wait_over(number)["phase"] == "cancelled"
+    assert not list((here.site.run / "keepers").iterdir())
     here.site.stop_agent()
     here.agent_again()
     here.restart(ref)
