@@ -82,6 +82,10 @@ def _created(place: Place, sight: Sight) -> int:
     if row.path.startswith("images/APP/VERSION"):
         found = version_of(sight, place.args[0], place.args[1])
         return int(found.created * 1e9) if found else 0
+    if row.path.startswith("images/APP"):
+        images = sight.view.images.get(place.args[0], {})
+        newest = max((image.created for image in images.values()), default=0)
+        return int((newest or facts.BOOT_TIME) * 1e9)
     if row.path.startswith("jobs/JOB"):
         job = sight.view.jobs.get(place.args[0])
         return int((job.ended or job.started) * 1e9) if job else 0

@@ -7,12 +7,15 @@ a whole or not at all. Whatever else is tried is EPERM.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
 
 import pyfuse3
 import trio
 
 from . import wire
 from .client import Client
+from .errors import Gone
 from .model import Caller
 from .places import Place, Sight, is_import
 from .verbs import VERSION
@@ -35,22 +38,22 @@ class Edits:
     async def make_directory(self, directory: Place, name: str, caller: Caller) -> None:
         """Make an app, or begin an import in one."""
         if directory.row.path == "images":
-            await self._client.call(wire.MakeApp, caller, app=name)
+            await self._ask(wire.MakeApp, caller, app=name)
             self._hidden.clear()
         elif directory.row.path == "images/APP":
             (app,) = directory.args
-            await self._client.call(wire.BeginImport, caller, app=app, name=name)
+            await self._ask(wire.BeginImport, caller, app=app, name=name)
         else:
             raise pyfuse3.FUSEError(errno.EPERM)
 
     async def remove_directory(self, place: Place, caller: Caller) -> None:
         """Remove an app, or a version with all that is in it."""
         if place.row.path == "images/APP":
-            await self._client.call(wire.RemoveApp, caller, app=place.args[0])
+            await self._ask(wire.RemoveApp, caller, app=place.args[0])
         elif place.row.path == "images/APP/VERSION":
             app, version = place.args
             try:
-                await self._client.call(wire.RemoveVersion, caller, app=app, name=version)
+                await self._ask(wire.RemoveVersion, caller, app=app, name=version)
             finally:
                 self._show(place)
         else:
@@ -62,7 +65,7 @@ class Edits:
         if not is_whole or not self._is_import(place) or not VERSION.match(to):
             raise pyfuse3.FUSEError(errno.EPERM)
         app, name = place.args
-        await self._client.call(wire.CommitImport, caller, app=app, name=name, to=to)
+        await self._ask(wire.CommitImport, caller, app=app, name=name, to=to)
 
     async def make_label(self, directory: Place, label: str, target: str, caller: Caller) -> None:
         """Pin the version that a link names, by whatever path."""
@@ -70,7 +73,7 @@ class Edits:
             raise pyfuse3.FUSEError(errno.EPERM)
         (app,) = directory.args
         version = target.rstrip("/").rpartition("/")[2]
-        await self._client.call(wire.SetLabel, caller, app=app, label=label, version=version)
+        await self._ask(wire.SetLabel, caller, app=app, label=label, version=version)
 
     # -- files
 
@@ -79,30 +82,35 @@ class Edits:
         if directory.row.path != "images/APP/VERSION" or not self._is_import(directory):
             raise pyfuse3.FUSEError(errno.EPERM)
         app, name = directory.args
-        await self._client.call(
-            wire.WriteFile, caller, app=app, name=name, file=file, offset=0, data=b""
-        )
+        await self._ask(wire.WriteFile, caller, app=app, name=name, file=file, offset=0, data=b"")
         await self._relist(app, name, caller)
 
     async def truncate(self, place: Place, size: int, caller: Caller) -> None:
         """Set the size of a file of an import."""
         app, name, file = place.args
-        await self._client.call(wire.TruncateFile, caller, app=app, name=name, file=file, size=size)
+        await self._ask(wire.TruncateFile, caller, app=app, name=name, file=file, size=size)
         await self._relist(app, name, caller)
 
     async def remove_file(self, place: Place, caller: Caller) -> None:
         """Remove a label or a file of an import; hide what goes with its app or image only."""
         if place.row.path == "images/APP/LABEL":
             app, label = place.args
-            await self._client.call(wire.RemoveLabel, caller, app=app, label=label)
+            await self._ask(wire.RemoveLabel, caller, app=app, label=label)
         elif place.row.path == "images/APP/VERSION/FILE" and self._is_import(place):
             app, name, file = place.args
-            await self._client.call(wire.RemoveFile, caller, app=app, name=name, file=file)
+            await self._ask(wire.RemoveFile, caller, app=app, name=name, file=file)
             await self._relist(app, name, caller)
         elif place.row.path in ("images/APP/VERSION/FILE", "images/APP/index", "images/APP/latest"):
             self._hide(place)
         else:
             raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def _ask(self, make: Callable[..., wire.Request], caller: Caller, **fields: Any) -> None:
+        """Send a request; what is not there is ENOENT to mkdir, mv, ln and rm, not ESRCH."""
+        try:
+            await self._client.call(make, caller, **fields)
+        except Gone as exc:
+            raise pyfuse3.FUSEError(errno.ENOENT) from exc
 
     def _is_import(self, place: Place) -> bool:
         return is_import(Sight(self._client.view), place)

@@ -20,6 +20,7 @@ from .errors import BadWords
 
 MAX_BYTES = 4096
 NAME_BYTES = 128
+QUOTED = 60
 MAX_DURATION_S = 10 * 365 * 86400.0
 
 
@@ -87,12 +88,17 @@ _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?
 RESERVED_LABELS = ("latest", "index")
 
 
+def quoted(text: str) -> str:
+    """Write a word that was wrong into a sentence: quoted, and the beginning of a long one."""
+    return repr(text) if len(text) <= QUOTED else f"{text[:QUOTED]!r}... ({len(text)} characters)"
+
+
 def app_name(text: str) -> str:
     """Return `text` if it can name an app: it becomes a directory and part of a store key."""
     if not NAME.match(text) or len(text) > NAME_BYTES:
         raise ValueError(
-            f"{text!r} is not a name: letters, digits and _.+~@%:,=- only, "
-            f"beginning with a letter or digit, at most {NAME_BYTES} characters"
+            f"{quoted(text)} is not a name: letters, digits and _.+~@%:,=- only, "
+            f"beginning with a letter, a digit, _ or %, at most {NAME_BYTES} characters"
         )
     return text
 
@@ -100,7 +106,7 @@ def app_name(text: str) -> str:
 def label_name(text: str) -> str:
     """Return `text` if it can name a label; vN, latest and index mean something already."""
     if VERSION.match(text) or text in RESERVED_LABELS:
-        raise ValueError(f"{text!r} cannot be a label: it means something already")
+        raise ValueError(f"{quoted(text)} cannot be a label: it means something already")
     return app_name(text)
 
 
@@ -122,7 +128,7 @@ def image_ref(text: str) -> ImageRef:
         rest = rest[len("images/") :]
     app, slash, version = rest.partition("/")
     if slash and not version:
-        raise ValueError(f"{text!r} is not an image: write APP or APP/vN")
+        raise ValueError(f"{quoted(text)} is not an image: write APP or APP/vN")
     app_name(app)
     if version:
         app_name(version)
@@ -140,7 +146,9 @@ def signal_number(text: str) -> int:
     try:
         return int(signals.Signals[name])
     except KeyError:
-        raise ValueError(f"{text!r} is not a signal: TERM, KILL, USR1, 10 ... (kill -l)") from None
+        raise ValueError(
+            f"{quoted(text)} is not a signal: TERM, KILL, USR1, 10 ... (kill -l)"
+        ) from None
 
 
 def signal_name(number: int) -> str:
@@ -155,11 +163,11 @@ def duration(text: str) -> float:
     """Parse 90, 90s, 10m, 1h30m or 2d into seconds."""
     found = _DURATION.match(text)
     if not text or not found or not any(found.groups()):
-        raise ValueError(f"{text!r} is not a time: write 90s, 10m, 1h30m or 2d")
+        raise ValueError(f"{quoted(text)} is not a time: write 90s, 10m, 1h30m or 2d")
     days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
     total = days * 86400 + hours * 3600 + minutes * 60 + seconds
     if not 0 < total <= MAX_DURATION_S:
-        raise ValueError(f"{text!r} is not a time between 0 and ten years")
+        raise ValueError(f"{quoted(text)} is not a time between 0 and ten years")
     return total
 
 
@@ -170,7 +178,7 @@ def _duration_text(seconds: float) -> str:
 def then(text: str) -> Then:
     kind, colon, name = text.partition(":")
     if kind not in ("run", "stop", "kill", "freeze") or (colon and kind != "kill"):
-        raise ValueError(f"{text!r} is none of run, stop, kill, kill:SIGNAL, freeze")
+        raise ValueError(f"{quoted(text)} is none of run, stop, kill, kill:SIGNAL, freeze")
     return Then(kind, signal_number(name) if colon else signals.SIGKILL)
 
 
@@ -183,7 +191,7 @@ def _then_text(value: Then) -> str:
 def one_of(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in allowed:
-            raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"{quoted(text)} is none of {', '.join(allowed)}")
         return text
 
     return parse
@@ -191,7 +199,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 def _cgroup(text: str) -> str:
     if text not in ("own", "caller") and (not text.startswith("/") or ".." in text.split("/")):
-        raise ValueError(f"{text!r} is none of own, caller, /PATH (below the cgroup mount)")
+        raise ValueError(f"{quoted(text)} is none of own, caller, /PATH (below the cgroup mount)")
     return text
 
 
@@ -241,12 +249,12 @@ class Verb(NamedTuple):
 
 def _exactly_one(text: str) -> None:
     if text != "1":
-        raise ValueError(f"{text!r} is not 1")
+        raise ValueError(f"{quoted(text)} is not 1")
 
 
 def _on_off(text: str) -> bool:
     if text not in ("0", "1"):
-        raise ValueError(f"{text!r} is neither 1 nor 0")
+        raise ValueError(f"{quoted(text)} is neither 1 nor 0")
     return text == "1"
 
 
@@ -373,7 +381,7 @@ def parse(verb_name: str, text: str) -> Command:
     if _is_bare(verb, words[0]):
         fields |= _bare_field(verb, words.pop(0))
     elif verb.bare.required:
-        raise BadWords(f"{verb_name}: it begins with {words[0]!r}; write {usage(verb)}")
+        raise BadWords(f"{verb_name}: it begins with {quoted(words[0])}; write {usage(verb)}")
     for text_of_word in words:
         word, value = _parse_word(verb, text_of_word)
         if word.field in fields:
@@ -420,7 +428,7 @@ def _parse_word(verb: Verb, text: str) -> tuple[Word, Any]:
     name, equals, value = text.partition("=")
     word = verb.word(name)
     if word is None:
-        raise BadWords(f"{verb.name}: unknown word {text!r}; write {usage(verb)}")
+        raise BadWords(f"{verb.name}: unknown word {quoted(text)}; write {usage(verb)}")
     if word.parse is None:
         if equals:
             raise BadWords(f"{verb.name}: {name} takes no value")

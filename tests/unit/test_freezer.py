@@ -212,8 +212,8 @@ rest()
 """
     )
     until(lambda: facts.task(left).sid == left, "a daemon")
-    frozen = await freezer.freeze(procs.look(root), play.mark, Kept())
-    assert where(freezer, root, left) == [f"{place}/krg-{play.mark}", place]
+    frozen = await freezer.freeze(procs.look(root), f"{root}.1", Kept())
+    assert where(freezer, root, left) == [f"{place}/krg-{root}.1", place]
     assert [task.pid for task, _ in procs.orphans(procs.look(root))] == [left]
     await freezer.thaw(frozen)
 
