@@ -154,7 +154,7 @@ END
 
 # Print what the installed environment depends on, as one digest.
 environment_digest() {
-    { cat "$top"/{pyproject.toml,setup.py} "$top"/agent/*.c 2>/dev/null || true; echo "$top $*"; } |
+    { cat "$top"/{pyproject.toml,setup.py} "$top"/agent/*.[ch] 2>/dev/null || true; echo "$top $*"; } |
         sha256sum | cut -d ' ' -f 1
 }
 

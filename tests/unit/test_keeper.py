@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     path = str(tmp_path_factory.mktemp("keeper") / "krg-keeper")
-    setup.compile_keeper(path, "-Werror", source=str(ROOT / "agent/keeper.c"))
+    setup.compile_keeper(path, "-Werror", root=str(ROOT))
     return path
 
 
