@@ -285,7 +285,8 @@ async def _complaint(tree: ProcessTree, work: Path, code: int) -> KrgError:
         kind, sentence, _ = criu_words.explain(log, inner)
     fate = procs.fate(tree)
     if fate is Fate.GONE:
-        kind = Gone
+        kind, why = Gone, sentence.partition(";")[0]
+        sentence = f"it has ended in the middle, and there is no image of it ({why})"
     message = "; ".join((f"cannot dump tree {tree.pid}: {sentence}", *left))
     return kind(message, fate=fate)
 

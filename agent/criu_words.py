@@ -355,6 +355,11 @@ RULES: tuple[Rule, ...] = (
         Damaged,
         "a file of the image is missing or not whole ({text}); take another version",
     ),
+    _rule(
+        r"\b(?P<pid>\d+) (?P<how>was killed by|exited with|was stopped by) (?P<number>\d+) unexp",
+        TryAgain,
+        "task {pid} {how} {number} while the tree was dumped; try again",
+    ),
 )
 
 # What CRIU reports as an error and goes on: prlimit(2) of itself without CAP_SYS_RESOURCE.

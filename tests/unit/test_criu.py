@@ -393,6 +393,8 @@ DUMP_ERRORS = [
     ("", "seize.c:600): Unable to freeze cgroup /x (100 x 100ms attempts, timeout: 10s)",
      TryAgain, "did not come to rest"),
     ("", "image.c:500): Can't write to /x/pages-1.img: No space left on device", NoRoom, "no room"),
+    ("", "infect.c:155): 4242 was killed by 9 unexpectedly: Killed",
+     TryAgain, "task 4242 was killed by 9 while"),
 ]  # fmt: skip
 RESTORE_ERRORS = [
     ("cr-restore.c:1237): Can't fork for 31226: File exists", Exists, "pid 31226 is taken"),
