@@ -23,7 +23,7 @@ from .blocked import Blocked
 from .client import Client
 from .edits import Edits
 from .errors import Gone, KrgError, NotYours
-from .handles import Handles
+from .handles import Handles, ended
 from .inodes import Inodes
 from .model import Caller, View
 from .places import Kind, Place, Sight, is_import
@@ -48,6 +48,19 @@ def guarded(handler: F) -> F:
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return answer  # type: ignore[return-value]
+
+
+def unanswered(handler: F) -> F:
+    """Keep what goes wrong where nobody waits for an answer: it is logged, and the mount lives."""
+
+    @functools.wraps(handler)
+    async def run(*args: Any) -> None:
+        try:
+            await handler(*args)
+        except Exception:
+            log.exception("handler.failed handler=%s", handler.__name__)
+
+    return run  # type: ignore[return-value]
 
 
 def _text(name: bytes) -> str:
@@ -148,6 +161,7 @@ class Mount(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return place
 
+    @unanswered
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
             if self.inodes.forget(inode, lookups):
@@ -199,6 +213,7 @@ class Mount(pyfuse3.Operations):
                 return
             self.inodes.counted(inode)
 
+    @guarded
     async def releasedir(self, fh: FileHandleT) -> None:
         self._listings.pop(fh, None)
 
@@ -234,6 +249,7 @@ class Mount(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         pass
 
+    @guarded
     async def release(self, fh: FileHandleT) -> None:
         self._polls.pop(fh, None)
         with suppress(KrgError):
@@ -254,9 +270,8 @@ class Mount(pyfuse3.Operations):
                 self._nursery.start_soon(self._notify_when_ended, place)
         return self.handles.ready(fh)
 
+    @unanswered
     async def _notify_when_ended(self, place: Place) -> None:
-        from .handles import ended
-
         with suppress(KrgError):
             await ended(place.args[-2], place.args[-1])
         self._notify_polls()

@@ -47,6 +47,7 @@ class Site:
         self.run = self.base / "run"
         self.node = node
         self.program = [str(BIN / "krg-agent")]
+        self.mount_program = [str(BIN / "krgfs")]
         self.environment: dict[str, str] = {}
         self._freezer = freezer
         self.agent: subprocess.Popen[bytes] | None = None
@@ -85,7 +86,7 @@ class Site:
         until(lambda: self._is_up(self.agent, (self.run / "agent.sock").exists()), "agent up")
 
     def start_mount(self) -> None:
-        command = [str(BIN / "krgfs"), str(self.mnt), "--socket", str(self.run / "agent.sock")]
+        command = [*self.mount_program, str(self.mnt), "--socket", str(self.run / "agent.sock")]
         self.mount = self._daemon(command, "mount.log")
         state = self.mnt / "nodes" / self.node / "state"
         until(lambda: self._is_up(self.mount, _read(state).startswith("online")), "mount connected")
