@@ -1,4 +1,4 @@
-"""A defect in one handler is an EIO to who asked and a line in the log, and never ends the mount."""
+"""A defect in a handler is an EIO to who asked and a line in the log, and never ends the mount."""
 
 from __future__ import annotations
 
