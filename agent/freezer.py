@@ -114,7 +114,7 @@ class Freezer:
         later = [facts.task(pid) for pid in members - tree.pids if procs.is_member(tree, pid)]
         victims = [*tree.ids, *(procs.process_id(task) for task in later if task is not None)]
         if frozen.version == 2 and members and members <= {each.pid for each in victims}:
-            with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
+            with contextlib.suppress(Gone):  # there is no such file before Linux 5.14
                 cgroups.write(f"{frozen.cgroup}/cgroup.kill", "1")
         for each in victims:
             procs.signal_process(each, signals.SIGKILL)
