@@ -47,16 +47,16 @@ def _read(path: str) -> bytes | None:
 
 
 class Recent:
-    """Reads /proc/PID/stat and the children of PID's first thread through descriptors that stay
-    open for the next time, those of the last `size` processes: what is read there is made anew at
-    every read at offset 0, and half of its cost is opening it.
+    """Reads /proc/PID/stat, the children of PID's first thread and the owner of /proc/PID through
+    descriptors that stay open for the next time, those of the last `size` processes: what is read
+    there is made anew at every read at offset 0, and half of its cost is opening it.
 
-    A descriptor is of that very process: once it has ended, both are opened anew by name.
+    A descriptor is of that very process: once it has ended, all are opened anew by name.
     """
 
     def __init__(self, size: int = 128) -> None:
         self._size = size
-        self._open: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
 
     def stat(self, pid: int) -> bytes | None:
         """Return /proc/PID/stat as it is now, None when there is no such process."""
@@ -81,20 +81,32 @@ class Recent:
         except OSError:
             return None
 
-    def _opened(self, pid: int) -> tuple[int, int] | None:
+    def owner(self, pid: int) -> tuple[int, int] | None:
+        """Return uid and gid of a process whose `stat` was read just now: see `owner`."""
+        descriptors = self._open.get(pid)
         try:
-            first = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            found = os.stat(descriptors[2]) if descriptors else None
         except OSError:
             return None
+        return (found.st_uid, found.st_gid) if found else None
+
+    def _opened(self, pid: int) -> tuple[int, int, int] | None:
         try:
-            second = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+            directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            os.close(first)
             return None
-        self._open[pid] = first, second
+        opened = []
+        try:
+            for name in ("stat", f"task/{pid}/children"):
+                opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory))
+        except OSError:
+            for fd in (*opened, directory):
+                os.close(fd)
+            return None
+        found = self._open[pid] = opened[0], opened[1], directory
         if len(self._open) > self._size:
             self._close(next(iter(self._open)))
-        return first, second
+        return found
 
     def _close(self, pid: int) -> None:
         for fd in self._open.pop(pid, ()):

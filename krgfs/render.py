@@ -54,7 +54,7 @@ def process_status(node: str, pid: int, known: Tree | None) -> bytes:
         state, inner = known.state.value, known.inner_pid
     if state != "frozen":
         state = "zombie" if root.is_zombie else "stopped" if root.state in "Tt" else "running"
-    uid, _ = facts.owner(pid) or ("-", "-")
+    uid, _ = _recent.owner(pid) or facts.owner(pid) or ("-", "-")
     rss = sum(each.rss_bytes for each in tasks) if len(tasks) > 1 else root.rss_bytes
     # one string and no table: this is the file that is read most
     return (
