@@ -126,9 +126,9 @@ def main(mountpoint: str, socket: str, verbose: bool) -> None:
     )
     logging.getLogger("pyfuse3").setLevel(logging.INFO)
     path = os.path.abspath(mountpoint)
-    prepare(path)
-    if is_mounted(path):
+    if is_mounted(path) and not is_dead_mount(path):
         raise click.ClickException(f"krgfs is mounted at {path} already; unmount it first")
+    prepare(path)
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
