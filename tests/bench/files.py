@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.sites import Site, sleeper, until
+from tests.workloads import harness
 
 ROUNDS = 9
 OPENS = 1000
@@ -90,6 +91,18 @@ def resident_mb(pids: list[int]) -> float:
     return total / 1024
 
 
+def keeper_mb(site: Site) -> float:
+    """Resident memory of the one keeper of a small tree that was restarted."""
+    with harness.start("small", site.base / "kept") as workload:
+        workload.wait_ready()
+        site.write(site.proc(workload.pid) / "checkpoint", "name=kept then=kill")
+        workload.wait_gone([workload.pid])
+        answer = site.write("restart", "kept")
+        assert answer == f"pid {workload.pid}\n", answer
+        (keeper,) = site.keepers()
+        return resident_mb([keeper])
+
+
 def cpu_s(pids: list[int]) -> float:
     ticks = 0
     for pid in pids:
@@ -133,6 +146,7 @@ def main() -> None:
             )
             figures |= {"ls_s": ours, "ls_static_s": peer, "ls_ratio": ours / peer}
             figures["entries"] = shown
+        figures["keeper_mb"] = keeper_mb(site)
     print(json.dumps({key: round(value, 4) for key, value in figures.items()}, indent=1))
 
 
