@@ -7,6 +7,7 @@ images/*.proto.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ ARCHES = dict(
 )
 # fields of inventory_entry, pagemap_entry, tty_info_entry
 INVENTORY_TCP_CLOSE, INVENTORY_RUN_ID = 10, 13
+RUN_ID = re.compile(r"[0-9A-Za-z-]*")
 PAGEMAP_COMPAT_COUNT, PAGEMAP_IN_PARENT, PAGEMAP_FLAGS, PAGEMAP_COUNT = 2, 3, 4, 5
 PAGE_IS_PRESENT = 1 << 2
 TTY_TYPE, TTY_RDEV, TTY_PTY = 2, 8, 12
@@ -177,8 +179,11 @@ def _core(images: Path, tid: int) -> dict[int, int | bytes]:
 def dumped(images: Path) -> Dumped:
     """Return how an image was dumped; raises Damaged where a file that tells is not whole."""
     inventory = _inventory(images)
+    run_id = as_bytes(inventory.get(INVENTORY_RUN_ID, b"")).decode(errors="replace")
+    if not RUN_ID.fullmatch(run_id):  # it becomes a word of nft(8)
+        raise Damaged(f"{images / 'inventory.img'} has {run_id!r} where CRIU writes a UUID")
     return Dumped(
-        run_id=as_bytes(inventory.get(INVENTORY_RUN_ID, b"")).decode(errors="replace"),
+        run_id=run_id,
         closed_tcp=bool(inventory.get(INVENTORY_TCP_CLOSE)),
         kept_tcp=any(images.glob("tcp-stream-*.img")),
         has_locks=(images / "filelocks.img").exists(),

@@ -274,6 +274,7 @@ class Desk:
         if self._state.images.get(app.name) or self._state.imports.get(app.name):
             raise Busy(f"{app.name} has images; remove them first (rm -r)")
         await self._state.commit(delete=[app])
+        await self._parts.images.remove_app(app.name)
 
     async def _begin_import(self, caller: Caller, app: str, name: str) -> None:
         known = self._app(caller, app)
@@ -318,21 +319,28 @@ class Desk:
             await self._state.commit(delete=[found])
             await self._parts.images.imports.remove(app, name)
             return
-        labels = [k for k, n in self._state.apps[app].labels.items() if n == found.version]
-        if labels:
-            raise Busy(f"{found.ref} is pinned by the label {labels[0]}; rm the label first")
-        self._parts.jobs.refuse_if_held(frozenset({f"image {found.ref}"}))
-        network = await trio.to_thread.run_sync(self._network_held_by, found)
+        self._refuse_needed(found)
+        if network := await trio.to_thread.run_sync(self._network_held_by, found):
+            await criu.unlock_network(network)
+        self._version(caller, app, name)
+        self._refuse_needed(found)  # somebody may have begun with it meanwhile
         # ---- commit: the image is gone; its data is removed now, or at the next start
         await self._state.commit(delete=[found])
         with trio.CancelScope(shield=True):
-            if network:
-                await criu.unlock_network(network)
             await self._parts.images.remove(app, found.version)
         self._state.event("image.removed", found.uid, image=found.ref)
 
+    def _refuse_needed(self, image: Image) -> None:
+        labels = self._state.apps[image.app].labels
+        if pins := [label for label, number in labels.items() if number == image.version]:
+            raise Busy(f"{image.ref} is pinned by the label {pins[0]}; rm the label first")
+        self._parts.jobs.refuse_if_held(frozenset({f"image {image.ref}"}))
+
     def _network_held_by(self, image: Image) -> str:
-        """Return the dump of which an image keeps TCP connections, '' when it keeps none."""
+        """Return the dump of which an image keeps TCP connections, '' when it keeps none, as a copy
+        of another image does: that one may still be restored."""
+        if not image.own:
+            return ""
         try:
             dumped = criu_images.dumped(Path(self._parts.images.path(image.app, image.version)))
         except (KrgError, OSError):

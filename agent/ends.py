@@ -47,6 +47,8 @@ class Ends:
             await self._watch_out(tree)
         finally:
             self._watched.pop(tree.id).set()
+        if tree.keeper_dir:
+            await keepers.cleared(tree.keeper_dir)
 
     async def _watch_out(self, tree: Tree) -> None:
         how = "ended"

@@ -146,7 +146,7 @@ class Jobs:
                 what = min(str(each) for each in shared)
                 held = f"process {what}" if what.isdecimal() else what
                 by = f"jobs/{job.id} ({job.job.verb}, {job.job.phase})"
-                if job.cancelled_by:
+                if job.cancelled_by and not job.job.line:
                     raise Busy(f"{held} is held by {by}, which is being cancelled; wait a moment")
                 raise Busy(
                     f"{held} is held by {by}; wait for it, or write 1 to /krg/jobs/{job.id}/cancel"

@@ -33,6 +33,7 @@ from . import procs, texts
 from .cgroups import LEAF_PREFIX, Hierarchy
 
 CGROUP_PARENT = "krgfs"
+CLEARING_S = 10.0
 STALE_S = 60.0  # from making a cgroup to joining it takes milliseconds
 MODES = ("r", "w", "a")
 POLL_S = 0.002
@@ -252,8 +253,7 @@ async def ended(directory: str, root: ProcessId) -> str:
     """Wait until the root of a tree has ended; returns `exit N`, `signal NAME` or `unknown`.
 
     Its keeper wrote that down, also while no agent ran. Without a keeper's word the kernel is
-    asked, which knows it from Linux 6.15 on of who was alive when the wait began. The cgroups that
-    were made for the tree are removed if it has left them.
+    asked, which knows it from Linux 6.15 on of who was alive when the wait began.
     """
     how = ""
     with _pidfd(root) as pidfd:
@@ -262,9 +262,17 @@ async def ended(directory: str, root: ProcessId) -> str:
         how = await _said_by_keeper(directory)
         if not how and pidfd is not None:
             how = await _said_by_kernel(pidfd, root)
-    if directory:
-        _remove_cgroups(directory)
     return how or "unknown"
+
+
+async def cleared(directory: str) -> None:
+    """Remove the cgroups that were made for a tree as soon as nothing is in them any more: what was
+    forked in the tree may outlive its root."""
+    places = _own_places(directory)
+    pause_s = POLL_S
+    while places := [place for place in places if not _removed(place)]:
+        await trio.sleep(pause_s)
+        pause_s = min(2 * pause_s, CLEARING_S)
 
 
 @contextlib.contextmanager
@@ -425,8 +433,18 @@ def cgroups_at(path: str, hierarchies: Sequence[Hierarchy]) -> tuple[str, ...]:
 
 def _remove_cgroups(directory: str) -> None:
     """Remove the cgroups that were made for a tree, unless something of it is still in them."""
-    for path in texts.read(os.path.join(directory, "cgroups")).splitlines():
-        place = os.path.dirname(path)
-        if os.path.basename(place).startswith(LEAF_PREFIX):
-            with contextlib.suppress(OSError):
-                os.rmdir(place)
+    for place in _own_places(directory):
+        _removed(place)
+
+
+def _own_places(directory: str) -> list[str]:
+    paths = texts.read(os.path.join(directory, "cgroups")).splitlines()
+    places = map(os.path.dirname, paths)
+    return [place for place in places if os.path.basename(place).startswith(LEAF_PREFIX)]
+
+
+def _removed(place: str) -> bool:
+    """Remove a cgroup; tells whether it is gone, which it is not while tasks are in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(place)
+    return not os.path.exists(place)

@@ -50,6 +50,7 @@ class Edits:
         """Remove an app, or a version with all that is in it."""
         if place.row.path == "images/APP":
             await self._ask(wire.RemoveApp, caller, app=place.args[0])
+            self._show(place)
         elif place.row.path == "images/APP/VERSION":
             app, version = place.args
             try:
@@ -68,11 +69,13 @@ class Edits:
         await self._ask(wire.CommitImport, caller, app=app, name=name, to=to)
 
     async def make_label(self, directory: Place, label: str, target: str, caller: Caller) -> None:
-        """Pin the version that a link names, by whatever path."""
+        """Pin the version that a link names, by whatever path that leads into the same app."""
         if directory.row.path != "images/APP":
             raise pyfuse3.FUSEError(errno.EPERM)
         (app,) = directory.args
-        version = target.rstrip("/").rpartition("/")[2]
+        *above, version = [part for part in target.split("/") if part not in ("", ".")] or [""]
+        if above[-1:] not in ([], [app]):
+            raise pyfuse3.FUSEError(errno.EINVAL)
         await self._ask(wire.SetLabel, caller, app=app, label=label, version=version)
 
     # -- files
@@ -126,10 +129,10 @@ class Edits:
         rmdir, which removes; one that was interrupted leaves the image whole."""
         self._hidden[place] = trio.current_time() + HIDDEN_S
 
-    def _show(self, version: Place) -> None:
-        """Removed or refused: what was hidden in a version is hidden no longer."""
-        within = len(version.args)
-        for place in [each for each in self._hidden if each.args[:within] == version.args]:
+    def _show(self, directory: Place) -> None:
+        """Removed or refused: what was hidden in a version or app is hidden no longer."""
+        within = len(directory.args)
+        for place in [each for each in self._hidden if each.args[:within] == directory.args]:
             del self._hidden[place]
 
     def is_hidden(self, place: Place) -> bool:

@@ -544,6 +544,8 @@ class Signals:
         """Tell what waits now: signal(7), /proc/TID/status SigPnd ShdPnd SigBlk ... in proc(5)."""
         try:
             raw = os.pread(self._fd, 4096, 0)
+            if len(raw) == 4096:  # very many groups stand before the signals
+                raw = os.pread(self._fd, 1 << 20, 0)
         except ProcessLookupError:
             return GONE
         return Pending(fatal=False, caught=False) if NONE_PENDING in raw else _pending(raw)

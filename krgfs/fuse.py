@@ -316,6 +316,7 @@ class Mount(pyfuse3.Operations):
     async def rmdir(self, parent: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         place = await self._find(parent, name, ctx)
         await self.edits.remove_directory(place, self._caller(ctx))
+        self.inodes.retire(place)
 
     @guarded
     async def create(

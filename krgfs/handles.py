@@ -31,8 +31,8 @@ from .errors import (
     Unsupported,
     name_of,
 )
-from .model import Caller, Job, Phase
-from .places import Kind, Place, Sight, tree_of
+from .model import Caller, Image, Job, Phase
+from .places import Kind, Place, Sight, tree_of, version_of
 from .verbs import MAX_BYTES, Checkpoint, Command, Freeze, Restart, Wait, parse
 
 CLOSING_S = 0.1
@@ -54,6 +54,8 @@ class Handle:
         self.job = 0
         self.last_job = 0
         self.wrote = False
+        self.digest = ""  # of the image that the file is in
+        self.failed: KrgError | None = None
         self.notify: Callable[[], None] | None = None
         self.seen = 0
         self._base: int | None = 0 if append else None
@@ -110,8 +112,15 @@ class Handles:
     def open(self, inode: int, place: Place, caller: Caller, flags: int) -> int:
         self._next += 1
         append = bool(flags & os.O_APPEND)
-        self._open[self._next] = Handle(self._next, inode, place, caller, append)
+        handle = self._open[self._next] = Handle(self._next, inode, place, caller, append)
+        if place.row.name == "FILE":
+            handle.digest = self._digest(handle)
         return self._next
+
+    def _digest(self, handle: Handle) -> str:
+        app, name, _ = handle.place.args
+        found = version_of(self._sight(handle.caller), app, name)
+        return found.digest if isinstance(found, Image) else ""
 
     def get(self, number: int) -> Handle:
         return self._open[number]
@@ -216,6 +225,8 @@ class Handles:
                 handle.make(answer.data)
             return handle.slice(offset, size)
         app, name, file = handle.place.args
+        if handle.digest and handle.digest != self._digest(handle):
+            raise Gone(f"{app}/{name} was removed while you had {file} open")
         answer = await self._client.call(
             wire.ReadFile,
             handle.caller,
@@ -257,9 +268,13 @@ class Handles:
         if row.kind is not Kind.VERB:
             raise Unsupported(f"{tree.path_of(handle.place)}: {READ_ONLY}")
         end = offset + len(data)
+        if handle.failed and not data.strip():
+            raise handle.failed  # a shell writes a long line in two parts, the newline last
+        handle.failed = None
         try:
             await self._command(handle, data)
         except KrgError as exc:
+            handle.failed = exc
             line = f"error {name_of(exc.errno)} {exc.message}"
             handle.written(offset, line)  # one that failed moves no offset
             self._note(handle, line)

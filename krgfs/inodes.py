@@ -65,6 +65,14 @@ class Inodes:
         self._drop(inode)
         return True
 
+    def retire(self, directory: Place) -> None:
+        """An image or app was removed: what has its name next gets other numbers. The kernel lets
+        nobody into a directory that it has removed, for as long as something in it is open."""
+        within = len(directory.args)
+        for place in [each for each in self._numbers if each.args[:within] == directory.args]:
+            if place.row.path.startswith(directory.row.path):
+                del self._numbers[place]
+
     def drop_unused(self, inode: int) -> None:
         """Undo `shown` where the entry did not fit into the answer."""
         if inode not in self._lookups:

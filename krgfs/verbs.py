@@ -313,7 +313,11 @@ TABLE: dict[str, Verb] = {
                     _duration_text,
                     "TIME",
                 ),
-                Word("while-open", "while_open", "thaw when the writer closes the file or ends"),
+                Word(
+                    "while-open",
+                    "while_open",
+                    "thaw when the writer closes the file or ends; not with for=",
+                ),
                 Word(
                     "signal",
                     "signal",

@@ -178,6 +178,7 @@ async def signal(parts: Parts, job: Running, tree: ProcessTree, words: Signal) -
         await parts.freezer.kill(known.frozen, tree)
     else:
         procs.send(tree, words.number)
-    line = f"sent {signal_name(words.number)} to {len(tree.live)} tasks"
+    count = len(tree.live)
+    line = f"sent {signal_name(words.number)} to {count} task{'s' if count != 1 else ''}"
     await told(parts, tree, job.id, "signal", line)
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,6 +195,20 @@ def test_a_tree_that_was_restarted_later_is_no_part_of_another(stage: Stage) -> 
         stage.passes(workload)
 
 
+def test_the_cgroups_of_a_tree_go_when_the_last_of_it_has_ended(stage: Stage) -> None:
+    workload = stage.begin("proctree")
+    stage.restart(workload, stage.checkpoint_and_end(workload))
+    found, tasks = places(workload.pid), [task for task in workload.tree() if task != workload.pid]
+    for task in tasks:
+        os.kill(task, signal.SIGSTOP)  # so that none of them ends with the root
+    stage.end_pid(workload.pid)
+    assert all(map(os.path.exists, found))
+    for task in tasks:
+        with suppress(ProcessLookupError):
+            os.kill(task, signal.SIGKILL)
+    until(lambda: not any(map(os.path.exists, found)), "the cgroups to go")
+
+
 def test_cgroup_path_puts_a_tree_there(stage: Stage, cgroups: str) -> None:
     workload = stage.begin("proctree")
     ref = stage.checkpoint_and_end(workload)
@@ -378,6 +393,12 @@ def test_an_image_that_is_removed_lets_its_connections_go(
         os.waitpid(pid, 0)
         held = _tables() - before
         assert len(held) == 1
+        images = stage.site.mnt / "images"
+        shutil.copytree(images / ref, tmp_path / "out")
+        (images / "copied").mkdir()
+        shutil.copytree(tmp_path / "out", images / "copied" / "v1", copy_function=shutil.copyfile)
+        os.rmdir(images / "copied" / "v1")
+        assert held <= _tables()  # a copy goes, the image itself may still be restored
         os.rmdir(stage.site.mnt / "images" / ref)
         assert not held & _tables()
         with pytest.raises(ConnectionError):

@@ -386,3 +386,12 @@ def test_odd_names_and_lost_data_do_not_end_the_mount() -> None:
             (image / "manifest.json").read_bytes()
         assert site.mount is not None and site.mount.poll() is None
         assert site.read(site.proc(pid) / "freeze") == "running\n"
+
+
+def test_a_long_line_that_a_shell_writes_in_two_parts_tells_its_own_error(
+    shared_site: Site, small: Workload
+) -> None:
+    place = shared_site.proc(small.pid) / "checkpoint"
+    done = shared_site.sh("echo name=$(printf %05000d 0) > $F", F=str(place))
+    assert done.returncode == 1
+    assert "is not a name" in place.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -104,6 +105,25 @@ def test_rm_of_an_app_with_all_its_images(shared_site: Site, small: Workload, im
     small.wait_progress()
 
 
+def test_an_app_that_is_made_again_has_nothing_of_the_one_before(
+    shared_site: Site, small: Workload, image: Path
+) -> None:
+    """Its first version has the number of the old one, whose readers must not go on in it."""
+    checkpoint = shared_site.proc(small.pid) / "checkpoint"
+    with open(image / "manifest.json", "rb", buffering=0) as file:
+        assert shared_site.sh("rm -r $A", A=str(image.parent)).returncode == 0
+        assert shared_site.write(checkpoint, f"name={image.parent.name}") == f"{_ref(image)}\n"
+        assert sorted(os.listdir(image.parent)) == ["index", "latest", "v1"]
+        with pytest.raises(OSError) as told:
+            file.read()
+        assert told.value.errno in (errno.ESRCH, errno.ESTALE)
+    assert json.loads((image / "manifest.json").read_text())["version"] == 1
+
+
+def _ref(image: Path) -> str:
+    return f"{image.parent.name}/{image.name}"
+
+
 def test_rmdir_of_an_app_with_images_is_refused(shared_site: Site, image: Path) -> None:
     done = shared_site.sh("rmdir $A", A=str(image.parent))
     assert done.returncode == 1 and "Device or resource busy" in done.stderr
@@ -160,12 +180,14 @@ def test_a_label_pins_its_version(shared_site: Site, image: Path) -> None:
     assert done.returncode == 1 and "Device or resource busy" in done.stderr
     assert contents(image) == before
     assert (app / "before-lr" / "manifest.json").exists()
-    for wrong in ("v2", "latest", "nothing", "/etc"):
+    for wrong in ("v2", "latest", "nothing", "/etc", "/etc/v1", "../other/v1", "../v1"):
         refused = shared_site.sh(f"ln -s {wrong} $A/other", A=str(app))
         assert refused.returncode == 1 and not (app / "other").is_symlink(), wrong
     for taken in ("latest", "v7", "index", "before-lr"):
         refused = shared_site.sh(f"ln -s v1 $A/{taken}", A=str(app))
         assert refused.returncode == 1, taken
+    done = shared_site.sh("ln -s ../$N/v1 $A/by-path && rm $A/by-path", A=str(app), N=app.name)
+    assert (done.returncode, done.stderr) == (0, "")
     done = shared_site.sh("rm $A/before-lr && rm -r $I", A=str(app), I=str(image))
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -49,3 +49,19 @@ def test_an_entry_that_did_not_fit_leaves_nothing() -> None:
     shown = inodes.shown(STATUS)
     inodes.drop_unused(shown)
     assert inodes.number(STATUS) is None
+
+
+def test_what_has_the_name_of_a_removed_image_has_other_numbers() -> None:
+    inodes = Inodes()
+    app, version = ROWS["images/APP"], ROWS["images/APP/VERSION"]
+    places = [Place(app, ("a",)), Place(version, ("a", "v1")), Place(version, ("a", "v2"))]
+    before = [inodes.looked_up(place) for place in places]
+    inodes.retire(places[1])
+    after = [inodes.looked_up(place) for place in places]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] not in before
+    assert inodes.place(before[1]) == places[1]  # the kernel may still ask, until it forgets
+    inodes.forget(before[1], 1)
+    assert inodes.number(places[1]) == after[1]
+    inodes.retire(places[0])
+    assert not {inodes.looked_up(place) for place in places} & {*before, *after}
