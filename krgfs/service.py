@@ -1,7 +1,8 @@
 """Starting and ending the two daemons of a node where no init does it: `krg up` and `krg down`.
 
 Each runs under a `krg-keeper respawn` of its own, which starts it again when it dies; the pidfile
-in the run directory is the respawner's. Neither daemon's end touches a user process.
+in the run directory is the respawner's. Neither daemon's end touches a user process, so one whose
+respawner was killed, an orphan, is ended and started again under another.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from .errors import Busy, EngineFailed, KrgError, NotYours, TimedOut
 
 STATE, RUN = "/var/lib/krgfs", "/run/krgfs"
 AGENT, MOUNT = "agent", "mount"
+PROGRAMS = {AGENT: "krg-agent", MOUNT: "krgfs"}
 UNITS = ("krg-agent.service", "krgfs.service")
 UP_S = 30.0
-MOUNT_ENDS_S, AGENT_ENDS_S = 15.0, 60.0
+ENDS_S = {AGENT: 60.0, MOUNT: 15.0}
 LOOK_S = 0.02
 DIED = "starts again in"
 
@@ -102,18 +104,61 @@ def respawner(places: Places, daemon: str) -> Iterator[tuple[int, int] | None]:
 
     The pidfd is opened before we look whose it is: it cannot come to mean another process.
     """
-    pidfile = places.pidfile(daemon)
+    pid = _noted(places, daemon)
+    with _held(pid) as pidfd:
+        is_it = pidfd is not None and is_respawner(arguments(pid), places.pidfile(daemon))
+        yield (pid, pidfd) if pidfd is not None and is_it else None
+
+
+@contextmanager
+def orphan(places: Places, daemon: str) -> Iterator[tuple[int, int] | None]:
+    """Enter the block with pid and pidfd of a daemon whose respawner was killed, None when there is
+    none. A daemon that somebody else started is never one.
+
+    It is known by its session, which was the respawner's: as long as a session has members, no
+    new process gets its number (setsid(2), credentials(7)).
+    """
+    leader = _noted(places, daemon)
+    pid = 0 if not leader or arguments(leader) else _in_session(leader, PROGRAMS[daemon])
+    with _held(pid) as pidfd:
+        is_it = pidfd is not None and _runs(pid, PROGRAMS[daemon])
+        yield (pid, pidfd) if pidfd is not None and is_it else None
+
+
+def _noted(places: Places, daemon: str) -> int:
+    """Return the pid in a daemon's pidfile, 0 when there is none."""
     try:
-        with open(pidfile, encoding="ascii") as file:
-            pid = int(file.read())
-        pidfd = os.pidfd_open(pid)
+        with open(places.pidfile(daemon), encoding="ascii") as file:
+            return int(file.read())
     except (OSError, ValueError):
+        return 0
+
+
+@contextmanager
+def _held(pid: int) -> Iterator[int | None]:
+    """Enter the block with a pidfd, None when there is no such process."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (OSError, ValueError, OverflowError):
         yield None
         return
     try:
-        yield (pid, pidfd) if is_respawner(arguments(pid), pidfile) else None
+        yield pidfd
     finally:
         os.close(pidfd)
+
+
+def _in_session(leader: int, program: str) -> int:
+    """Return the process of a session that runs a program of ours, 0 when none does. Not a child of
+    it, which looks the same until it has become what it was forked for."""
+    members = {task.pid: task.ppid for task in facts.processes() if task.sid == leader}
+    found = (pid for pid, parent in members.items() if parent not in members)
+    return next((pid for pid in found if _runs(pid, program)), 0)
+
+
+def _runs(pid: int, program: str) -> bool:
+    """Tell whether a process runs a program of ours, which may stand after its interpreter."""
+    return any(os.path.basename(each) == program for each in arguments(pid)[:2])
 
 
 def arguments(pid: int) -> list[str]:
@@ -143,9 +188,10 @@ def has_ended(pidfd: int, wait_s: float) -> bool:
 def up(places: Places, node: str = "", criu: str = "") -> Up:
     """Have agent and mount running and answering; starts what is missing, and nothing twice.
 
-    Raises TimedOut or EngineFailed, with what the daemon said, after ending what was started.
+    An orphan is ended in order, and started again with the words that it had. Raises TimedOut or
+    EngineFailed, with what the daemon said, after ending what was started.
     """
-    if (name := node_online(places)) and (pid := agent_pid(places)):
+    if (name := node_online(places)) and (pid := agent_pid(places)) and not _has_orphan(places):
         return _found(places, name, pid, ())
     if os.geteuid():
         raise NotYours("krgfs is not up, and only root can start it: run `krg up` as root")
@@ -162,14 +208,15 @@ def up(places: Places, node: str = "", criu: str = "") -> Up:
         marks = {each: _size(places.log(each)) for each in commands}
         try:
             for daemon, command in commands.items():
+                words = _end_orphan(places, daemon)
                 with respawner(places, daemon) as running:
                     if running is None and not is_there[daemon]():
                         started.append(daemon)
-                        _start(places, daemon, command)
+                        _start(places, daemon, command if words is None else [command[0], *words])
             name, pid = _await(places, marks)
         except KrgError:
             for daemon in reversed(started):
-                _end(places, daemon, MOUNT_ENDS_S)
+                _end(places, daemon, ENDS_S[MOUNT])
             raise
     return _found(places, name, pid, tuple(started))
 
@@ -200,6 +247,14 @@ def answers(mount: str) -> bool:
     except KrgError:
         return False
     return True
+
+
+def _has_orphan(places: Places) -> bool:
+    for daemon in PROGRAMS:
+        with orphan(places, daemon) as found:
+            if found:
+                return True
+    return False
 
 
 def _agent_command(places: Places, node: str, criu: str) -> list[str]:
@@ -312,12 +367,12 @@ def down(places: Places) -> Down:
     kept, frozen = _counts(places)
     ended = []
     with _alone(places):
-        if _end(places, MOUNT, MOUNT_ENDS_S):
+        if _end_known(places, MOUNT):
             ended.append(MOUNT)
         if is_dead_mount(places.mount) or is_mounted(places.mount):
             unmount(places.mount)
             ended = [MOUNT]
-        if _end(places, AGENT, AGENT_ENDS_S) or _end_orphan(places):
+        if _end_known(places, AGENT) or _end_stranger(places):
             ended.append(AGENT)
     return Down(tuple(ended), kept, frozen)
 
@@ -331,50 +386,65 @@ def _counts(places: Places) -> tuple[int, int]:
     return int(float(kept)), int(float(frozen))
 
 
-def _end(places: Places, daemon: str, patience_s: float) -> bool:
-    """Have a respawner and its daemon end. Returns whether there was one.
+def _end_known(places: Places, daemon: str) -> bool:
+    """End a daemon that `up` started, be it an orphan. Returns whether there was one."""
+    return _end(places, daemon, ENDS_S[daemon]) or _end_orphan(places, daemon) is not None
 
-    A mount that does not end is killed: it has no state. An agent never is: it may be dumping.
-    """
+
+def _end(places: Places, daemon: str, patience_s: float) -> bool:
+    """Have a respawner and its daemon end. Returns whether there was one."""
     with respawner(places, daemon) as running:
         if running is None:
             return False
-        pid, pidfd = running
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if has_ended(pidfd, patience_s):
-            return True
-        if daemon == AGENT:
-            raise TimedOut(
-                f"the agent (below pid {pid}) was told to end {patience_s:.0f} s ago and has not "
-                f"ended; {places.log(daemon)} has what it is doing"
-            )
-        children = [os.pidfd_open(child) for child in facts.children(pid)]
-        for each in (os.dup(pidfd), *children):
-            _kill(each)
+        _end_process(places, daemon, *running, patience_s)
     return True
+
+
+def _end_orphan(places: Places, daemon: str) -> list[str] | None:
+    """End an orphan. Returns the words that its program was started with, None if there is none."""
+    with orphan(places, daemon) as found:
+        if found is None:
+            return None
+        words = arguments(found[0])
+        _end_process(places, daemon, *found, ENDS_S[daemon])
+    names = [os.path.basename(each) for each in words]
+    return words[names.index(PROGRAMS[daemon]) + 1 :]
+
+
+def _end_stranger(places: Places) -> bool:
+    """End an agent that answers and that `up` did not start. Returns whether there was one."""
+    pid = agent_pid(places)
+    with _held(pid) as pidfd:
+        if pidfd is None:
+            return False
+        if not _runs(pid, PROGRAMS[AGENT]):
+            raise Busy(f"process {pid} answers at {places.socket} and is no krg-agent: it stays")
+        _end_process(places, AGENT, pid, pidfd, ENDS_S[AGENT])
+    return True
+
+
+def _end_process(places: Places, daemon: str, pid: int, pidfd: int, patience_s: float) -> None:
+    """Have a daemon or its respawner end, and wait until it has.
+
+    A mount that does not end is killed: it has no state. An agent never is: it may be dumping.
+    """
+    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    if has_ended(pidfd, patience_s):
+        return
+    if daemon == AGENT:
+        raise TimedOut(
+            f"the agent (pid {pid} or below) was told to end {patience_s:.0f} s ago and has not "
+            f"ended; {places.log(daemon)} has what it is doing"
+        )
+    children = [os.pidfd_open(child) for child in facts.children(pid)]
+    for each in (os.dup(pidfd), *children):
+        _kill(each)
 
 
 def _kill(pidfd: int) -> None:
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    has_ended(pidfd, MOUNT_ENDS_S)
+    has_ended(pidfd, ENDS_S[MOUNT])
     os.close(pidfd)
-
-
-def _end_orphan(places: Places) -> bool:
-    """End an agent that lost its respawner. Returns whether there was one."""
-    pid = agent_pid(places)
-    if not pid:
-        return False
-    pidfd = os.pidfd_open(pid)
-    try:
-        if not any(os.path.basename(each) == "krg-agent" for each in arguments(pid)[:2]):
-            raise Busy(f"process {pid} answers at {places.socket} and is no krg-agent: it stays")
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not has_ended(pidfd, AGENT_ENDS_S):
-            raise TimedOut(f"the agent (pid {pid}) does not end; {places.log(AGENT)} says why")
-        return True
-    finally:
-        os.close(pidfd)
 
 
 def is_service(pid: int) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 
 import pytest
 
+from krgfs import facts
 from tests.faults.ground import Ground, is_held
-from tests.sites import until
+from tests.sites import BIN, Site, sleeper, until
 
 LARGE = ("300", "0.01", "0.5")
 
@@ -121,3 +125,106 @@ def test_a_freeze_while_open_ends_with_the_mount(here: Ground) -> None:
     here.site.start_mount()
     until(lambda: _is_thawed(here), "thawed, for its handle is gone")
     here.is_sound()
+
+
+# -- where `krg up` started them
+
+
+class Node:
+    """A node that `krg up` starts and `krg down` ends, in directories of a site's own."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.site.node = "n7"
+
+    def krg(self, *words: str) -> str:
+        """Run a command that has to succeed; returns what it says."""
+        places = [f"--{name}={self.site.base / name}" for name in ("run", "state")]
+        done = subprocess.run(
+            [str(BIN / "krg"), "--mount", str(self.site.mnt), *words, *places],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def supervisor(self, daemon: str) -> int:
+        return int((self.site.run / f"{daemon}.pid").read_text())
+
+    def daemon(self, daemon: str) -> int:
+        (pid,) = facts.children(self.supervisor(daemon))
+        return pid
+
+    def lose_supervisor(self, daemon: str) -> int:
+        """Kill the supervisor of a daemon; returns the pid of the daemon, which runs on."""
+        supervisor, orphan = self.supervisor(daemon), self.daemon(daemon)
+        os.kill(supervisor, signal.SIGKILL)
+        until(lambda: is_over(supervisor), "the supervisor is dead")
+        assert not is_over(orphan)
+        return orphan
+
+
+def is_over(pid: int) -> bool:
+    """Tell whether a process runs no more; who is to reap it may not have come to it."""
+    task = facts.task(pid)
+    return task is None or not task.is_live
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    site = Site()
+    made = Node(site)
+    try:
+        made.krg("up", "--node", site.node)
+        yield made
+        made.krg("down")
+        assert not [task for task in facts.processes() if concerns(task.pid, site)]
+    finally:
+        for task in list(facts.processes()):
+            if concerns(task.pid, site):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(task.pid, signal.SIGKILL)
+        site.__exit__()
+
+
+def concerns(pid: int, site: Site) -> bool:
+    return os.fsencode(site.base) in facts.command_line(pid)
+
+
+@pytest.mark.parametrize("daemon", ["agent", "mount"])
+def test_up_gives_a_daemon_without_supervisor_another(node: Node, daemon: str) -> None:
+    other = "mount" if daemon == "agent" else "agent"
+    stays, orphan = node.daemon(other), node.lose_supervisor(daemon)
+    assert "krgfs is up" in node.krg("up")
+    assert is_over(orphan) and node.daemon(other) == stays
+    assert node.site.read(f"nodes/{node.site.node}/state").startswith("online")
+    again = node.daemon(daemon)
+    os.kill(again, signal.SIGKILL)
+    until(lambda: is_over(again) and facts.children(node.supervisor(daemon)), "started again")
+    until(lambda: node.site.read(f"nodes/{node.site.node}/state").startswith("online"), "online")
+    assert "was up already" in node.krg("up")
+
+
+def test_up_ends_no_tree_for_the_sake_of_a_supervisor(node: Node) -> None:
+    with sleeper() as pid:
+        ref = node.site.write(f"procs/{pid}/checkpoint", "1 then=kill").strip()
+    restored = int(node.site.write("restart", ref).removeprefix("pid "))
+    for daemon in ("agent", "mount"):
+        node.lose_supervisor(daemon)
+    try:
+        node.krg("up")
+        assert node.site.facts(f"procs/{restored}/status")["last_image"] == ref
+    finally:
+        os.kill(restored, signal.SIGKILL)
+    until(lambda: node.site.read(f"procs/{restored}/wait") != "", "its end is known")
+
+
+@pytest.mark.parametrize("daemons", [("agent",), ("mount",), ("agent", "mount")])
+def test_down_ends_a_daemon_without_supervisor(node: Node, daemons: tuple[str, ...]) -> None:
+    orphans = [node.lose_supervisor(daemon) for daemon in daemons]
+    with open(node.site.mnt / "procs" / str(os.getpid()) / "status", "rb"):  # keeps it busy
+        assert "krgfs is down" in node.krg("down")
+        assert all(is_over(orphan) for orphan in orphans)
+    assert "was not up" in node.krg("down")
