@@ -6,17 +6,20 @@ sentence on stderr and the exit code that `errors` has for it.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import click
 
 from . import VERSION
 from .cli_files import Files
 from .cli_options import MOUNT
-from .errors import KrgError
+from .errors import KrgError, from_errno
 
 ROOMS = {
     "checkpoint": "cli_verbs:checkpoint",
@@ -36,6 +39,7 @@ ROOMS = {
     "doctor": "cli_node:doctor",
 }
 INTERRUPTED = 130
+OUTPUT = "standard output"
 HELP = """Checkpoint, restart and freeze processes: the files of krgfs as commands.
 
 \b
@@ -94,8 +98,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit as it says."""
     given = with_command_apart(sys.argv[1:] if words is None else words)
     code: object = 0
+    if sys.stdout is None:  # it was closed
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    output = Output(sys.stdout)
     try:
-        code = program(given).main(given, prog_name="krg", standalone_mode=False)
+        with redirect_stdout(cast(TextIO, output)):
+            code = program(given).main(given, prog_name="krg", standalone_mode=False)
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
@@ -104,7 +112,54 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except KrgError as exc:
         click.echo(f"krg: {exc.message}", err=True)
         code = exc.exit_code
+    except OSError as exc:
+        error = explained(exc)
+        if exc.filename == OUTPUT:
+            output.drop()
+        click.echo(f"krg: {error.message}", err=True)
+        code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class Output:
+    """The standard output, with its name in the errors of writing to it, as an opened file has."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @property
+    def buffer(self) -> Output:
+        return Output(self._stream.buffer)
+
+    def write(self, text: Any) -> Any:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def drop(self) -> None:
+        """Let go of what could not be written: Python would try again at its exit."""
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self._stream.fileno())
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            exc.filename = OUTPUT
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def explained(exc: OSError) -> KrgError:
+    """Return what a refusal of the system means that no command foresaw."""
+    why = exc.strerror or str(exc)
+    return from_errno(exc.errno or errno.EIO, f"{exc.filename}: {why}" if exc.filename else why)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import click
@@ -259,15 +260,20 @@ def log(files: Files, follow: bool, lines: int, as_json: bool) -> None:
     _print_log(seen[-lines:] if lines else seen, as_json)
     if not follow:
         return
+    for now in _readings(files):
+        _print_log(lines_after(seen, now), as_json)
+        seen = now
+
+
+def _readings(files: Files) -> Iterator[list[str]]:
+    """Yield the lines of the log, and again whenever they may have changed."""
     path = files.path("log")
     with files.explained(path), open(path, "rb", buffering=0) as file:
         poll = select.poll()
         poll.register(file, select.POLLIN)
         while True:
             file.seek(0)
-            now = file.read().decode("utf-8", "backslashreplace").splitlines()
-            _print_log(lines_after(seen, now), as_json)
-            seen = now
+            yield file.read().decode("utf-8", "backslashreplace").splitlines()
             poll.poll(1000)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -29,6 +30,8 @@ from krgfs.model import App, Image, Job, Phase
 from krgfs.verbs import TABLE, Bare, Verb, Word, parse
 
 SAMPLES = {"APP": "blast", "TEXT": "two words", "TIME": "10m", "SIGNAL": "USR1"}
+FULL = "krg: standard output: No space left on device\n"
+QUICKSTART = Path(__file__).resolve().parents[2] / "contrib/quickstart"
 COMMANDS = {
     "checkpoint": ("checkpoint", "1"),
     "restart": ("restart", "blast/v3"),
@@ -326,6 +329,78 @@ def test_without_a_mount_each_command_says_so(words, bare, capsys):
     assert exit_of(["--mount", bare, *words], capsys)[0] == code
 
 
+def run_to(output, *words, **env):
+    """Run krg in a process of its own that writes to `output`; returns exit code and stderr."""
+    command = [sys.executable, "-m", "krgfs.cli", *map(str, words)]
+    done = subprocess.run(
+        command, stdout=output, stderr=subprocess.PIPE, text=True, check=False, env=os.environ | env
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ps",),
+        ("ps", "--json"),
+        ("images",),
+        ("nodes",),
+        ("jobs",),
+        ("log",),
+        ("log", "--follow"),
+        ("--help",),
+        ("ps", "--help"),
+        ("--version",),
+    ],
+)
+def test_an_output_that_takes_nothing_is_one_sentence(words, unbuffered, tree):
+    (tree / "log").write_text("a line\n")
+    with open("/dev/full", "wb") as full:
+        code, err = run_to(full, "--mount", tree, *words, PYTHONUNBUFFERED=unbuffered)
+    assert (code, err) == (errors.NoRoom.exit_code, FULL)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_a_completion_that_cannot_be_written_is_one_sentence(shell):
+    with open("/dev/full", "wb") as full:
+        code, err = run_to(full, _KRG_COMPLETE=f"{shell}_source", PYTHONUNBUFFERED="")
+    assert (code, err) == (errors.NoRoom.exit_code, FULL)
+
+
+def test_a_pipe_that_nobody_reads_is_no_matter_for_words(tree):
+    (tree / "log").write_text("a line\n")
+    for words in (("ps",), ("log",)):
+        theirs, ours = os.pipe()
+        os.close(theirs)
+        assert run_to(ours, "--mount", tree, *words)[1] == ""
+        os.close(ours)
+
+
+def test_a_log_is_followed_until_nobody_reads(tree):
+    (tree / "log").touch()
+    command = [sys.executable, "-m", "krgfs.cli", "--mount", tree, "log", "--follow", "-n", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    (tree / "log").write_text("a line\n")
+    with subprocess.Popen(command, **pipes) as krg:
+        assert krg.stdout.readline() == b"a line\n"
+        krg.stdout.close()
+        (tree / "log").write_text("a line\nanother\n")
+        assert krg.stderr.read() == b""
+
+
+def test_a_closed_output_is_nothing_to_complain_about(tree):
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "krgfs.cli"]
+    done = subprocess.run([*command, "--mount", tree, "ps"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_refusal_that_nobody_foresaw_is_a_sentence():
+    found = cli.explained(OSError(errno.EACCES, "Permission denied", "/run/krgfs"))
+    assert (type(found), found.message) == (errors.EngineFailed, "/run/krgfs: Permission denied")
+    assert cli.explained(OSError(errno.ENOSPC, "No room")).message == "No room"
+
+
 def test_what_is_not_there_is_gone(tree, capsys):
     code, _, err = exit_of(["checkpoint", "4711", "--mount", tree], capsys)
     assert (code, err) == (errors.Gone.exit_code, "krg: there is no process 4711\n")
@@ -554,3 +629,41 @@ def test_completion_without_a_mount_offers_nothing(bare):
 def test_the_help_names_a_line_for_each_shell(shell, capsys):
     _, out, _ = exit_of(["--help"], capsys)
     assert f"_KRG_COMPLETE={shell}_source krg" in out
+
+
+# -- what the quickstart says of krg
+
+
+def what_next(top, path):
+    """Return the hints that the quickstart ends with, for a tree at `top`."""
+    script = 'eval "$(sed "/^need_root$/,\\$d" "$0")"; top=$TREE work=/tmp/w; what_next sh.7.n1/v1'
+    done = subprocess.run(
+        ["bash", "-c", script, QUICKSTART],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{path}:{os.environ['PATH']}", "TREE": str(top)},
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def ours(tmp_path):
+    krg = tmp_path / "tree/.venv/bin/krg"
+    krg.parent.mkdir(parents=True)
+    krg.touch(0o755)
+    (tmp_path / "bin").mkdir()
+    return krg
+
+
+def test_the_quickstart_says_krg_where_that_is_ours(ours, tmp_path):
+    (tmp_path / "bin/krg").symlink_to(ours)
+    lines = what_next(tmp_path / "tree", tmp_path / "bin")
+    assert "    krg down" + " " * 38 + "unmount /krg and stop the agent" in lines
+    assert all(line[49] == " " and line[50] != " " for line in lines)
+
+
+def test_the_quickstart_says_where_ours_is_when_krg_is_something_else(ours, tmp_path):
+    (tmp_path / "bin/krg").touch(0o755)
+    said = what_next(tmp_path / "tree", tmp_path / "bin")[-2:]
+    assert [line.split()[:2] for line in said] == [[str(ours), "ps"], [str(ours), "down"]]
