@@ -84,14 +84,16 @@ def set_immutable(path: str, on: bool) -> None:
 
 
 def hides_pids() -> bool:
-    """Tell whether /proc is mounted with hidepid here (proc(5))."""
+    """Tell whether /proc is mounted with hidepid here (proc(5); Linux 5.8 writes it in words). What
+    was mounted over it last counts."""
+    hidden = "off"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             left, _, right = line.partition(" - ")
             if left.split()[4] == "/proc" and right.startswith("proc "):
-                options = right.split()[2].split(",")
-                return any(o in ("hidepid=1", "hidepid=2", "hidepid=invisible") for o in options)
-    return False
+                options = dict(each.partition("=")[::2] for each in right.split()[2].split(","))
+                hidden = options.get("hidepid", "off")
+    return hidden not in ("off", "0")
 
 
 async def _serve(mount: Mount, mountpoint: str) -> None:
