@@ -356,6 +356,19 @@ def mount(machine: Machine) -> Iterator[Check]:
         yield Check("mount", WARN, f"{where} has lost its agent", "`krg up` as root starts it")
 
 
+def supervision(machine: Machine) -> Iterator[Check]:
+    """Warn of daemons that nobody would start again; only root can tell."""
+    for daemon in service.PROGRAMS:
+        with service.orphan(machine.places, daemon) as found:
+            if found is not None:
+                yield Check(
+                    f"{daemon} supervision",
+                    WARN,
+                    f"the process that starts pid {found[0]} again was ended",
+                    "`krg up` as root starts both anew",
+                )
+
+
 TABLE: tuple[Callable[[Machine], Iterator[Check]], ...] = (
     kernel,
     checkpoint_restore,
@@ -372,6 +385,7 @@ TABLE: tuple[Callable[[Machine], Iterator[Check]], ...] = (
     keeper,
     agent,
     mount,
+    supervision,
 )
 
 

@@ -197,7 +197,9 @@ def concerns(pid: int, site: Site) -> bool:
 def test_up_gives_a_daemon_without_supervisor_another(node: Node, daemon: str) -> None:
     other = "mount" if daemon == "agent" else "agent"
     stays, orphan = node.daemon(other), node.lose_supervisor(daemon)
+    assert f"starts pid {orphan} again was ended" in node.krg("doctor")
     assert "krgfs is up" in node.krg("up")
+    assert "was ended" not in node.krg("doctor")
     assert is_over(orphan) and node.daemon(other) == stays
     assert node.site.read(f"nodes/{node.site.node}/state").startswith("online")
     again = node.daemon(daemon)
