@@ -329,7 +329,16 @@ def keeper(machine: Machine) -> Iterator[Check]:
         )
 
 
+def _supervision(machine: Machine, daemon: str) -> Iterator[Check]:
+    """Warn of a daemon that nobody would start again; only root can tell."""
+    with service.orphan(machine.places, daemon) as found:
+        if found is not None:
+            ended = f"the process that starts pid {found[0]} again was ended"
+            yield Check(daemon, WARN, ended, "`krg up` as root starts both anew")
+
+
 def agent(machine: Machine) -> Iterator[Check]:
+    yield from _supervision(machine, service.AGENT)
     node = service.node_online(machine.places)
     pid = service.agent_pid(machine.places)
     if pid:
@@ -344,6 +353,7 @@ def agent(machine: Machine) -> Iterator[Check]:
 
 
 def mount(machine: Machine) -> Iterator[Check]:
+    yield from _supervision(machine, service.MOUNT)
     where = machine.places.mount
     try:
         version = Files(where).line("version")
@@ -354,19 +364,6 @@ def mount(machine: Machine) -> Iterator[Check]:
         yield Check("mount", OK, f"{where}, version {version}")
     else:
         yield Check("mount", WARN, f"{where} has lost its agent", "`krg up` as root starts it")
-
-
-def supervision(machine: Machine) -> Iterator[Check]:
-    """Warn of daemons that nobody would start again; only root can tell."""
-    for daemon in service.PROGRAMS:
-        with service.orphan(machine.places, daemon) as found:
-            if found is not None:
-                yield Check(
-                    f"{daemon} supervision",
-                    WARN,
-                    f"the process that starts pid {found[0]} again was ended",
-                    "`krg up` as root starts both anew",
-                )
 
 
 TABLE: tuple[Callable[[Machine], Iterator[Check]], ...] = (
@@ -385,7 +382,6 @@ TABLE: tuple[Callable[[Machine], Iterator[Check]], ...] = (
     keeper,
     agent,
     mount,
-    supervision,
 )
 
 
