@@ -13,121 +13,28 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import mmap
 import os
 import select
-import socket
-import stat
 import struct
 import termios
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import trio
+from krgfs.errors import EngineFailed
 
-from krgfs.errors import EngineFailed, KrgError
-
-from .criu_format import LENGTH, VARINT, Field, as_bytes, build, fields_of
+from .buffers import Buffers, Piece
+from .stream_line import Line, Thread
 
 CAPTURE_SOCKET, SERVE_SOCKET = "streamer-capture.sock", "streamer-serve.sock"
-NAME, EXISTS = 1, 1  # fields of img_streamer_request_entry and img_streamer_reply_entry
-MAX_REQUEST_BYTES = 8192
 LAST_FILE = "inventory.img"  # is opened when all else is dumped (cr_dump_tasks)
 COUNTED = "pages-"  # begins the names of those whose length CRIU knows from others
-BUFFER_BYTES = 1 << 20
 SMALL_BYTES = 1 << 16
-PIPE_BYTES = 1 << 20
 TAIL_MS = 1
 SPLICE_F_NONBLOCK = 2
-
-
-# -- memory to capture into
-
-
-class Buffers:
-    """A bounded number of equal buffers, lent and given back; any thread may do either.
-
-    They are best made once and kept: the first touch of memory costs more than copying into it.
-    """
-
-    def __init__(self, count: int, size_bytes: int = BUFFER_BYTES) -> None:
-        self.count, self.size_bytes = count, size_bytes
-        memory = mmap.mmap(-1, count * size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = memoryview(memory)
-        self._views = [whole[at : at + size_bytes] for at in range(0, len(whole), size_bytes)]
-        self._free = list(range(count))
-        self._changed = threading.Condition()
-
-    def touch(self) -> None:
-        """Have the kernel back every free buffer by real memory. Blocks, other threads run on."""
-        zeros = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with self._changed:
-                for index in self._free:
-                    left = self._views[index]
-                    while left:
-                        left = left[os.readv(zeros, [left]) :]
-        finally:
-            os.close(zeros)
-
-    def __getitem__(self, index: int) -> memoryview:
-        return self._views[index]
-
-    def lend(self, unless: Callable[[], bool] | None = None) -> int | None:
-        """Return the index of a buffer that is the caller's until given back.
-
-        Waits while there is none, until `unless` holds (see `look_again`), and then returns None;
-        without `unless` it does not wait.
-        """
-        with self._changed:
-            while not self._free:
-                if unless is None or unless():
-                    return None
-                self._changed.wait()
-            return self._free.pop()
-
-    def look_again(self) -> None:
-        """Let all who wait ask their `unless` again."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def give_back(self, index: int) -> None:
-        """Take a buffer back. Raises ValueError where it was not lent: two would write into it."""
-        with self._changed:
-            if index in self._free:
-                raise ValueError(f"buffer {index} was given back already")
-            self._free.append(index)
-            self._changed.notify()
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive bytes of an image file: `data` holds until `give_back`, which is due once.
-
-    The pieces of one file follow each other without gaps. Their lengths mean nothing.
-    """
-
-    file: str
-    offset: int
-    data: memoryview | bytes
-    _home: Buffers | None = None
-    _index: int = -1
-
-    def give_back(self) -> None:
-        if self._home is not None:
-            self._home.give_back(self._index)
-
 
 Sink = Callable[[Piece], None]
 """Takes pieces, in a thread of the capture, which waits for it. One that raises has not kept the
@@ -190,7 +97,7 @@ async def capture(directory: Path, buffers: Buffers, sink: Sink) -> AsyncIterato
     close), gives back what the sink did not get, and leaves no thread, descriptor or socket.
     Raises EngineFailed where there can be no socket in `directory`.
     """
-    with contextlib.closing(_Line(directory / CAPTURE_SOCKET)) as line:
+    with contextlib.closing(Line(directory / CAPTURE_SOCKET)) as line:
         drain = _Drain(line, buffers, sink)
         drain.thread.start()
         try:
@@ -216,11 +123,11 @@ class _Incoming:
 class _Drain:
     """The thread that reads whatever pipe has something: CRIU writes them from one thread too."""
 
-    def __init__(self, line: _Line, buffers: Buffers, sink: Sink) -> None:
+    def __init__(self, line: Line, buffers: Buffers, sink: Sink) -> None:
         self.line = line
         self.sizes: dict[str, int] = {}
         self.drained_bytes = 0
-        self.thread = _Thread("capture", self._run)
+        self.thread = Thread("capture", self._run)
         self._buffers = buffers
         self._sink = sink
         self._open: dict[int, _Incoming] = {}
@@ -324,7 +231,7 @@ class _Drain:
 class Served:
     """A restore on its way out of memory."""
 
-    def __init__(self, line: _Line) -> None:
+    def __init__(self, line: Line) -> None:
         self._line = line
 
     def check(self) -> None:
@@ -342,7 +249,7 @@ async def serve(directory: Path, source: Source) -> AsyncIterator[Served]:
     the source that still run, and leaves no thread, descriptor or socket. Raises EngineFailed where
     there can be no socket in `directory`.
     """
-    with contextlib.closing(_Line(directory / SERVE_SOCKET)) as line:
+    with contextlib.closing(Line(directory / SERVE_SOCKET)) as line:
         server = _Server(line, source)
         server.thread.start()
         try:
@@ -356,8 +263,8 @@ class _Server:
     """The thread that answers requests. What fits into its pipe is written at once; all else has a
     thread of its own, as several tasks read at the same time."""
 
-    def __init__(self, line: _Line, source: Source) -> None:
-        self.thread = _Thread("serve", self._run)
+    def __init__(self, line: Line, source: Source) -> None:
+        self.thread = Thread("serve", self._run)
         self._line = line
         self._source = source
         self._writers: list[threading.Thread] = []
@@ -402,7 +309,7 @@ class _Server:
 class _Outgoing:
     """Our end of a pipe that CRIU reads; that it reads to the end is CRIU's affair."""
 
-    def __init__(self, name: str, line: _Line) -> None:
+    def __init__(self, name: str, line: Line) -> None:
         self._fd = line.pipe(name, os.O_WRONLY)
         self._line = line
         self._poll = select.poll()
@@ -487,170 +394,3 @@ class _IoVec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.vmsplice.restype = ctypes.c_ssize_t
 _libc.vmsplice.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_uint)
-
-
-# -- what both directions need
-
-
-class _Thread:
-    """A thread whose end a task can wait for. `work` must not raise."""
-
-    def __init__(self, name: str, work: Callable[[], None]) -> None:
-        self.ended = trio.Event()
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name=f"stream {name}")
-
-    def start(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        finally:
-            self._token.run_sync_soon(self.ended.set)
-
-    async def join(self) -> None:
-        with trio.CancelScope(shield=True):
-            await self.ended.wait()
-        self._thread.join()
-
-
-class _Line:
-    """A socket for one CRIU, and what it says there.
-
-    Its thread blocks only where `stop` reaches it. The first failure of any thread is kept, and
-    ends the conversation: CRIU fails at the next file that it wants.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.is_stopped = False
-        self._failure: Exception | None = None
-        self._path = path
-        self._lock = threading.Lock()
-        self._connection: socket.socket | None = None
-        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._listener.bind(str(path))
-            owner = path.parent.stat()
-            os.chown(path, owner.st_uid, owner.st_gid)  # CRIU may run as the tree's own user
-            self._listener.listen(1)
-        except OSError as exc:
-            self._listener.close()
-            os.close(self.wake_fd)
-            raise EngineFailed(f"cannot listen for CRIU at {path}: {exc}") from exc
-
-    # of any thread
-
-    def stop(self) -> None:
-        """Have all threads end; what they do not get done any more is no failure."""
-        self.is_stopped = True
-        self.wake()
-        self._hang_up()
-
-    def wake(self) -> None:
-        os.eventfd_write(self.wake_fd, 1)
-
-    @contextlib.contextmanager
-    def failing(self) -> Iterator[None]:
-        """Keep what is raised, for `check`, and hang up."""
-        try:
-            yield
-        except Exception as exc:
-            if not self.is_stopped:
-                self._failure = self._failure or exc
-                self._hang_up()
-
-    def check(self) -> None:
-        """Raise what was kept; EngineFailed unless it is a KrgError already."""
-        if self._failure is None or isinstance(self._failure, KrgError):
-            failure = self._failure
-        else:
-            failure = EngineFailed(f"CRIU's images could not be streamed: {self._failure!r}")
-            failure.__cause__ = self._failure
-        if failure is not None:
-            raise failure
-
-    def _hang_up(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            if self._connection is not None:
-                self._connection.shutdown(socket.SHUT_RDWR)
-
-    # of the thread that listens
-
-    def close(self) -> None:
-        """Once its threads have ended."""
-        self.drop()
-        os.close(self.wake_fd)
-
-    def drop(self) -> None:
-        """Hang up for good. What CRIU sent and nobody received would otherwise keep its pipes
-        open, and itself writing into them for ever."""
-        with self._lock:
-            for each in (self._connection, self._listener):
-                if each is not None:
-                    each.close()
-        self._path.unlink(missing_ok=True)
-
-    def accept(self) -> bool:
-        """Wait for CRIU; False when woken and it has not come."""
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        poll.register(self.wake_fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll()}
-        if self._listener.fileno() not in ready:
-            return False
-        self._connection, _ = self._listener.accept()
-        self._listener.close()
-        return not self.is_stopped
-
-    @property
-    def connection(self) -> socket.socket:
-        assert self._connection is not None
-        return self._connection
-
-    def request(self) -> str | None:
-        """Return the name of the next file; None when there will be none."""
-        head = self._receive(LENGTH.size)
-        if not head:
-            return None
-        (size,) = LENGTH.unpack(head)
-        if size > MAX_REQUEST_BYTES:
-            raise EngineFailed(f"CRIU's request for a file has {size} bytes")
-        body = self._receive(size)
-        name = os.fsdecode(as_bytes(fields_of(body).get(NAME, b"")))
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise EngineFailed(f"CRIU asks for a file named {name!r}")
-        return name
-
-    def reply(self, exists: bool) -> None:
-        said = build([Field(EXISTS, VARINT, int(exists))])
-        self.connection.sendall(LENGTH.pack(len(said)) + said)
-
-    def pipe(self, name: str, mode: int) -> int:
-        """Return our end of the pipe for a file, as wide as may be, non-blocking."""
-        _, fds, _, _ = socket.recv_fds(self.connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        if not fds:
-            raise EngineFailed(f"CRIU asked for {name} and gave no pipe for it")
-        fd = fds[0]
-        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
-        if not is_pipe or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != mode:
-            os.close(fd)
-            raise EngineFailed(f"what CRIU gave for {name} is not the end of a pipe")
-        with contextlib.suppress(OSError):  # beyond what a user may have in pipes: pipe(7)
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _pipe_bytes())
-        os.set_blocking(fd, False)
-        return fd
-
-    def _receive(self, size: int) -> bytes:
-        """Receive so many bytes and no more: a pipe may come with the next. Empty at the end."""
-        said = self.connection.recv(size, socket.MSG_WAITALL)
-        if said and len(said) < size:
-            raise EngineFailed("CRIU ended in the middle of a request")
-        return said
-
-
-@cache
-def _pipe_bytes() -> int:
-    return min(PIPE_BYTES, int(Path("/proc/sys/fs/pipe-max-size").read_text()))

@@ -21,8 +21,8 @@ from pathlib import Path
 import trio
 
 from agent import criu_images, stream
+from agent.buffers import Buffers, Piece
 from agent.criu import Engine
-from agent.stream import Buffers, Piece
 from tests.bench.files import in_turn
 from tests.workloads import harness
 

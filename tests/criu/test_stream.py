@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from agent.buffers import Buffers, Piece
 from agent.criu import Engine
-from agent.stream import Buffers, Piece, capture, serve
+from agent.stream import capture, serve
 from krgfs.errors import EngineFailed, NoRoom
 from tests.criu.rig import LONG_S, until
 from tests.workloads import harness

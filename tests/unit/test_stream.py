@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent import stream
-from agent.stream import Buffers, Piece, capture, serve
+from agent import stream_line
+from agent.buffers import Buffers, Piece
+from agent.stream import capture, serve
 from krgfs.errors import Damaged, EngineFailed, KrgError, NoRoom
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -523,7 +524,7 @@ async def test_few_buffers_are_used_again_only_when_read(tmp_path: Path) -> None
     """CRIU reads from the memory of the source: overwritten early, it would get the wrong bytes."""
     files = {"pages-1.img": content(8 * MIB)}
     source, read = Files(files, 64 * KIB), []
-    source.buffers = Buffers(stream.PIPE_BYTES // (64 * KIB) + 2, 64 * KIB)
+    source.buffers = Buffers(stream_line.PIPE_BYTES // (64 * KIB) + 2, 64 * KIB)
 
     def restore() -> None:
         with Criu(tmp_path, "serve") as criu:
