@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from .store import Conflict, Expect, Record, check_commit
 SCHEMA = 1
 APPLICATION = 0x6B726766  # "krgf", in the header of the file
 BUSY_MS = 10_000
+RETRY_S = 0.005
 _CREATE = (
     "CREATE TABLE record (key BLOB PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL)",
     "CREATE TABLE head (revision INTEGER NOT NULL)",
@@ -226,7 +228,7 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
             f"cannot use the store {path}: a newer agent wrote it (format {schema}, this one knows "
             f"{SCHEMA}); start that agent"
         )
-    execute("PRAGMA journal_mode = WAL")
+    _keep_a_log(connection)
     execute("PRAGMA synchronous = FULL")
     found = execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
@@ -236,6 +238,19 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         for statement in _CREATE:
             execute(statement)
     execute("COMMIT")
+
+
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. SQLite does not wait here for another that is just doing so."""
+    patience = time.monotonic() + BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+                raise
+        time.sleep(RETRY_S)
 
 
 @contextlib.contextmanager

@@ -128,8 +128,8 @@ async def test_another_user_s_tree(rig: Rig, start: Callable[..., harness.Worklo
     assert facts.ids(launched.root.pid).uid == USER  # type: ignore[union-attr]
     assert workload.wait_progress()
     manifest, images, _ = await rig.dump(launched.root.pid)
+    await rig.kill(launched.root.pid)  # two at work on one log would take each other for damage
     launched = await rig.restore(manifest, images, private=True)
-    await rig.kill(launched.inner_pid)
     workload.adopt(launched.root.pid)
     assert workload.wait_progress()
     manifest, images, _ = await rig.dump(launched.root.pid)
@@ -299,6 +299,8 @@ async def test_own_cgroups_come_and_go(
     assert own, "the tree is in no cgroup of its own"
     await rig.kill(launched.root.pid)
     assert await keepers.ended(rig.keeper_dir, launched.root) == "signal KILL"
+    with trio.fail_after(LONG_S):
+        await keepers.cleared(str(rig.keeper_dir))
     assert not any(os.path.exists(place) for place in own)
 
 
