@@ -161,10 +161,9 @@ async def test_work_that_fails_ends_what_is_done_beside_it():
         await together("cannot store blast/v1", trio.CapacityLimiter(2), hash_for_ever, fail)
 
 
-async def test_everything_is_synced_before_the_name_is_durable(images, root, tmp_path):
-    """Watched by strace where it is there: the order of fsync and rename."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is missing")
+async def test_everything_is_synced_before_the_name_is_durable(images, root, tmp_path, need):
+    """Watched by strace: the order of fsync and rename."""
+    need("strace")
     trace = tmp_path / "trace"
     async with images.spool(7, "blast") as spool:
         fill(spool.path)

@@ -10,9 +10,8 @@ import ast
 import errno
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,9 +365,8 @@ def test_pages_refer_to_each_other_by_their_names() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page_is_well_formed(page: Path) -> None:
-    if not shutil.which("mandoc"):
-        pytest.skip("mandoc, which reads the pages, is not installed (package mandoc)")
+def test_page_is_well_formed(page: Path, need: Callable[..., None]) -> None:
+    need("mandoc")
     done = subprocess.run(
         ["mandoc", "-T", "lint", "-W", "warning", str(page)],
         capture_output=True,

@@ -53,14 +53,13 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def begin(directory: Path) -> Iterator[Begin]:
+def begin(directory: Path, need: Callable[..., None]) -> Iterator[Begin]:
     """Start a workload and bring it to where it works; whatever is left of it is ended."""
     begun: list[Workload] = []
 
     def go(name: str, *words: object) -> Workload:
-        tool = NEEDS.get(name)
-        if tool and not shutil.which(tool):
-            pytest.skip(f"{name} needs {tool}, which is not installed")
+        if tool := NEEDS.get(name):
+            need(tool)
         if name == "otheruid" and os.getuid() != 0:
             pytest.skip("otheruid needs root to become somebody else")
         if name == "selfckpt" and not words:
@@ -261,11 +260,14 @@ SABOTAGE = [
 ]
 
 
+STILL = {"memory": ("16", "0")}  # a page that is written anew is whole again
+
+
 @pytest.mark.parametrize(("name", "harm", "told"), SABOTAGE)
 def test_fails_when_it_is_harmed(
     begin: Begin, name: str, harm: Callable[[Workload], None], told: str
 ) -> None:
-    workload = begin(name)
+    workload = begin(name, *STILL.get(name, ()))
     harm(workload)
     verdict = workload.finish()
     assert verdict.startswith("FAIL: ")
