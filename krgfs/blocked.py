@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import trio
 
-from . import facts
+from . import facts, pending
 from .model import Caller
 
 LOOK_S = 0.05
@@ -42,7 +42,7 @@ class Waiting:
         self._ending = ending
         self._writer = 0
         self._process = 0
-        self._signals: facts.Signals | None = None
+        self._signals: pending.Signals | None = None
 
     def answer(self, why: Why) -> None:
         if self.why is None:
@@ -53,12 +53,12 @@ class Waiting:
         """Answer if a signal waits for the task that is blocked."""
         try:
             if self._signals is None:
-                self._signals = facts.Signals(self.writer())
+                self._signals = pending.Signals(self.writer())
             found = self._signals.pending()
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.ESRCH):
                 return  # no descriptor is free: the next look may have one
-            found = facts.GONE
+            found = pending.GONE
         if found.fatal or found.gone:
             self.answer(Why.FATAL)
         elif found.caught:
@@ -83,12 +83,12 @@ class Waiting:
         return self._writer
 
     def _find_writer(self) -> int:
-        if facts.is_writing(self.caller.tid, self._ending):
+        if pending.is_writing(self.caller.tid, self._ending):
             return self.caller.tid
         heirs = [task.pid for task in facts.tree(self.caller.pid)]
         for pid in (*heirs, *(task.pid for task in facts.processes())):
             for tid in facts.threads(pid):
-                if facts.is_writing(tid, self._ending):
+                if pending.is_writing(tid, self._ending):
                     return tid
         return 0
 

@@ -28,7 +28,8 @@ def shown(raw: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _read(path: str) -> bytes | None:
+def read(path: str) -> bytes | None:
+    """Return the whole of a file of /proc, None when it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -114,14 +115,14 @@ class Recent:
 
 
 def _boot_id() -> str:
-    return (_read("/proc/sys/kernel/random/boot_id") or b"").decode().strip()
+    return (read("/proc/sys/kernel/random/boot_id") or b"").decode().strip()
 
 
 BOOT_ID = _boot_id()
 
 
 def _boot_time() -> float:
-    for line in (_read("/proc/stat") or b"").splitlines():
+    for line in (read("/proc/stat") or b"").splitlines():
         if line.startswith(b"btime "):
             return float(line.split()[1])
     return 0.0
@@ -199,7 +200,7 @@ class OpenFile(NamedTuple):
 
 def task(pid: int) -> Task | None:
     """Return what /proc/PID/stat says, None when there is no such process."""
-    raw = _read(f"/proc/{pid}/stat")
+    raw = read(f"/proc/{pid}/stat")
     return _task(pid, raw) if raw else None
 
 
@@ -258,7 +259,7 @@ def exists(pid: int, start: int) -> bool:
 
 def status(pid: int) -> dict[bytes, bytes]:
     """Return /proc/PID/status as a mapping, empty when there is no such process."""
-    lines = (_read(f"/proc/{pid}/status") or b"").split(b"\n")
+    lines = (read(f"/proc/{pid}/status") or b"").split(b"\n")
     pairs = (line.partition(b":") for line in lines if line)
     return {name: value.strip() for name, _, value in pairs}
 
@@ -375,7 +376,7 @@ def children(pid: int) -> tuple[int, ...]:
 
 
 def _children_of(pid: int, tid: int) -> list[int]:
-    return [int(x) for x in (_read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
+    return [int(x) for x in (read(f"/proc/{pid}/task/{tid}/children") or b"").split()]
 
 
 def tree(root: int, recent: Recent | None = None) -> tuple[Task, ...]:
@@ -410,7 +411,7 @@ def depth_first(tasks: Iterable[Task]) -> Iterator[tuple[int, Task]]:
 
 def command_line(pid: int) -> bytes:
     """Return the arguments of a process with blanks between, empty for a zombie."""
-    return (_read(f"/proc/{pid}/cmdline") or b"").rstrip(b"\0").replace(b"\0", b" ")
+    return (read(f"/proc/{pid}/cmdline") or b"").rstrip(b"\0").replace(b"\0", b" ")
 
 
 def namespace(pid: int, kind: str) -> str:
@@ -510,77 +511,3 @@ def is_tty_device(rdev: int) -> bool:
     """Tell terminals (ttys, serial lines, consoles, ptys) by their device number."""
     major = os.major(rdev)
     return major in (4, 5, 166, 188, 204) or 136 <= major <= 143
-
-
-# -- signals that wait for a task that is blocked in a request
-
-
-INTERRUPTING = sum(1 << (n - 1) for n in (1, 2, 3, 14, 15))  # HUP INT QUIT ALRM TERM
-DEFAULT_IGNORED = sum(1 << (n - 1) for n in (17, 18, 23, 28))  # CHLD CONT URG WINCH
-STOPPING = sum(1 << (n - 1) for n in (19, 20, 21, 22))  # STOP TSTP TTIN TTOU
-KILL = 1 << 8
-
-
-class Pending(NamedTuple):
-    """`fatal`: a signal waits that will end the task. `caught`: one of HUP INT QUIT ALRM TERM
-    waits that the task has a handler for. `gone`: there is no such task any more."""
-
-    fatal: bool
-    caught: bool
-    gone: bool = False
-
-
-GONE = Pending(fatal=False, caught=False, gone=True)
-
-
-class Signals:
-    """The signals that wait for a task, looked at as often as wanted through one descriptor."""
-
-    def __init__(self, tid: int) -> None:
-        """Raises OSError; ENOENT or ESRCH when there is no such task."""
-        self._fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-
-    def pending(self) -> Pending:
-        """Tell what waits now: signal(7), /proc/TID/status SigPnd ShdPnd SigBlk ... in proc(5)."""
-        try:
-            raw = os.pread(self._fd, 4096, 0)
-            if len(raw) == 4096:  # very many groups stand before the signals
-                raw = os.pread(self._fd, 1 << 20, 0)
-        except ProcessLookupError:
-            return GONE
-        return Pending(fatal=False, caught=False) if NONE_PENDING in raw else _pending(raw)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-NONE_PENDING = b"\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000000000\n"
-
-
-def _pending(status: bytes) -> Pending:
-    mask = {}
-    for line in status[status.find(b"SigPnd") :].split(b"\n")[:6]:
-        name, _, value = line.partition(b":")
-        if value:
-            mask[name] = int(value, 16)
-    waiting = mask.get(b"SigPnd", 0) | mask.get(b"ShdPnd", 0)
-    open_ones = waiting & ~mask.get(b"SigBlk", 0) & ~mask.get(b"SigIgn", 0)
-    caught = mask.get(b"SigCgt", 0)
-    fatal = (open_ones & ~caught & ~DEFAULT_IGNORED & ~STOPPING) | (waiting & KILL)
-    return Pending(fatal=bool(fatal), caught=bool(open_ones & caught & INTERRUPTING))
-
-
-SYS_WRITE = ("1", "18", "20")  # write, pwrite64, writev on x86_64
-
-
-def is_writing(tid: int, ending: bytes) -> bool:
-    """Tell whether a task is inside write(2) on a descriptor whose path ends in `ending`.
-
-    A name that was looked up again since is shown as deleted by /proc; it still counts.
-    """
-    raw = _read(f"/proc/{tid}/syscall")
-    words = (raw or b"").decode().split()
-    if len(words) < 2 or words[0] not in SYS_WRITE:
-        return False
-    path = link(tid, f"fd/{int(words[1], 16)}")
-    return path.removesuffix(b" (deleted)").endswith(ending)

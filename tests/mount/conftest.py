@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from krgfs import facts
+from krgfs import facts, pending
 from tests.sites import Site, until
 from tests.workloads import harness
 from tests.workloads.harness import Workload
@@ -64,7 +64,7 @@ def blocked_in(pid: int, ending: str) -> int:
     """Return which task of a process and its descendants is inside a write to such a file, or 0."""
     for task in facts.tree(pid):
         for tid in facts.threads(task.pid):
-            if facts.is_writing(tid, ending.encode()):
+            if pending.is_writing(tid, ending.encode()):
                 return tid
     return 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from krgfs import facts
+from krgfs import facts, pending
 from tests.mount.conftest import Start, wait_blocked
 from tests.sites import Site, sleeper, until
 from tests.workloads.harness import Workload
@@ -85,7 +85,7 @@ def writing(
 
 
 def waiting_threads(pid: int) -> int:
-    return sum(facts.is_writing(tid, b"wait") for tid in facts.threads(pid))
+    return sum(pending.is_writing(tid, b"wait") for tid in facts.threads(pid))
 
 
 def test_more_than_a_thousand_writers_wait_at_once(site: Site, small: Workload) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import trio
 
-from krgfs import facts
+from krgfs import pending
 from krgfs.blocked import Blocked, Why
 from krgfs.model import Caller
 
@@ -73,14 +73,14 @@ def child(code: str) -> subprocess.Popen[str]:
     return process
 
 
-def frozen_pending(code: str, number: int) -> facts.Pending:
+def frozen_pending(code: str, number: int) -> pending.Pending:
     """What is pending for a child that is stopped (and so cannot take the signal) when it comes."""
     process = child(code)
     try:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         process.send_signal(number)
-        signals = facts.Signals(process.pid)
+        signals = pending.Signals(process.pid)
         try:
             return signals.pending()
         finally:
@@ -91,16 +91,16 @@ def frozen_pending(code: str, number: int) -> facts.Pending:
 
 
 def test_a_signal_with_its_default_action_is_fatal() -> None:
-    assert frozen_pending("", signal.SIGTERM) == facts.Pending(fatal=True, caught=False)
+    assert frozen_pending("", signal.SIGTERM) == pending.Pending(fatal=True, caught=False)
 
 
 def test_a_signal_that_has_a_handler_is_caught() -> None:
     code = "signal.signal(signal.SIGTERM, lambda *_: None)"
-    assert frozen_pending(code, signal.SIGTERM) == facts.Pending(fatal=False, caught=True)
+    assert frozen_pending(code, signal.SIGTERM) == pending.Pending(fatal=False, caught=True)
 
 
 def test_blocked_ignored_and_harmless_signals_end_nothing() -> None:
-    nothing = facts.Pending(fatal=False, caught=False)
+    nothing = pending.Pending(fatal=False, caught=False)
     assert frozen_pending("", signal.SIGCHLD) == nothing
     assert frozen_pending("signal.signal(15, signal.SIG_IGN)", signal.SIGTERM) == nothing
     assert frozen_pending("signal.pthread_sigmask(0, [15])", signal.SIGTERM) == nothing
@@ -110,10 +110,10 @@ def test_blocked_ignored_and_harmless_signals_end_nothing() -> None:
 
 def test_a_task_that_has_ended_is_gone() -> None:
     process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-    signals = facts.Signals(process.pid)
+    signals = pending.Signals(process.pid)
     assert not signals.pending().gone
     process.communicate()
     assert signals.pending().gone
     signals.close()
     with pytest.raises(FileNotFoundError):
-        facts.Signals(process.pid)
+        pending.Signals(process.pid)
