@@ -1,13 +1,16 @@
 """What the image store keeps its objects in: the protocol that every back end has, and the one in
 memory, which tests use.
 
-An object is a name (`packs/ab/ab12…`, words of letters, digits and `._~+-` between slashes) and
-bytes. It comes to be whole and durable or not at all, and never changes: what is replaced is
-replaced whole. All calls block; any thread makes them.
+An object is a name (`packs/ab/ab12…`: words between slashes, of letters, digits and `._~+@%:,=-`,
+the dot not first) and bytes. It comes to be whole and durable or not at all, and never changes:
+what is replaced is replaced whole. All calls block; any thread makes them.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +19,21 @@ from typing import NamedTuple, Protocol
 from krgfs import model
 
 Data = bytes | bytearray | memoryview
+
+
+_NAME = re.compile(r"(?!\.)[\w.~+@%:,=-]+(/(?!\.)[\w.~+@%:,=-]+)*", re.ASCII)
+
+
+def refusal(number: int, name: str) -> OSError:
+    """Return the error of this errno about an object, as the kernel would word it."""
+    return OSError(number, os.strerror(number), name)
+
+
+def checked(name: str) -> str:
+    """Return `name` if an object may have it, else raise EINVAL: no way leads out of the store."""
+    if not _NAME.fullmatch(name):
+        raise refusal(errno.EINVAL, name)
+    return name
 
 
 class Entry(NamedTuple):
@@ -50,7 +68,7 @@ class Upload(Protocol):
 class Backend(Protocol):
     """Objects by name. Whatever goes wrong is an OSError, with the errno that fits: ENOENT
     (FileNotFoundError) for what is not there, EEXIST (FileExistsError), ENOSPC, EDQUOT, EACCES,
-    ETIMEDOUT, EIO for the rest."""
+    ETIMEDOUT, EIO for the rest; and it names the object."""
 
     def list(self, prefix: str) -> list[Entry]:
         """Return all whole objects whose names begin with `prefix`, by name; it ends in a slash or
@@ -84,6 +102,10 @@ class Backend(Protocol):
 
     def room(self) -> model.Store:
         """Return how much room there is."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what writers that died more than a day ago had not finished."""
         ...
 
     def close(self) -> None:
@@ -120,18 +142,20 @@ class MemoryBackend:
         return len(data)
 
     def put(self, name: str, data: Data, *, replace: bool = False) -> None:
+        checked(name)
         with self._lock:
             if name in self._objects and not replace:
-                raise FileExistsError(17, "File exists", name)
+                raise refusal(errno.EEXIST, name)
             rest = sum(len(each) for other, (each, _) in self._objects.items() if other != name)
             if rest + len(data) > self._room_bytes:
-                raise OSError(28, "No space left on device", name)
+                raise refusal(errno.ENOSPC, name)
             self._objects[name] = (bytes(data), self.now())
 
     def create(self, name: str) -> Upload:
-        return _MemoryUpload(self, name)
+        return _MemoryUpload(self, checked(name))
 
     def delete(self, name: str) -> None:
+        checked(name)
         with self._lock:
             self._objects.pop(name, None)
 
@@ -143,13 +167,17 @@ class MemoryBackend:
             total=self._room_bytes, free=left, available=left, files=1 << 40, files_free=1 << 40
         )
 
+    def tidy(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
     def _get(self, name: str) -> bytes:
+        checked(name)
         with self._lock:
             if name not in self._objects:
-                raise FileNotFoundError(2, "No such file or directory", name)
+                raise refusal(errno.ENOENT, name)
             return self._objects[name][0]
 
 
