@@ -1,0 +1,171 @@
+"""How one chunk is stored: its id, whether it is worth compressing, and back again, verified."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import zstandard
+from blake3 import blake3
+from xxhash import xxh3_64
+
+from agent.backend import Backend, Data
+from agent.packs import MAX_CHUNK_BYTES, ChunkId, Sealed
+from krgfs.errors import Damaged
+
+SAMPLES = 4
+SAMPLE_BYTES = 4096
+WORTH = 0.9  # what does not become smaller than this share is stored as it is
+
+
+class Codec(enum.IntEnum):
+    RAW = 0
+    ZSTD = 1
+
+
+class Place(NamedTuple):
+    """Where a chunk lies, and what its row says of it."""
+
+    pack: str
+    id: ChunkId
+    offset: int
+    stored: int
+    raw: int
+    sum: int
+    codec: int
+
+
+class _Tools(threading.local):
+    """zstd's contexts are for one thread at a time, and dear to make."""
+
+    def __init__(self) -> None:
+        self.fast = zstandard.ZstdCompressor(level=1)
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        if level not in self.compressors:
+            self.compressors[level] = zstandard.ZstdCompressor(level=level)
+        return self.compressors[level]
+
+
+_tools = _Tools()
+
+
+def identify(parts: Sequence[Data]) -> ChunkId:
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
+def seal(id: ChunkId, parts: Sequence[Data], level: int) -> Sealed:
+    """Return the chunk as it shall be stored. What does not compress is not copied."""
+    raw = sum(len(part) for part in parts)
+    if raw > MAX_CHUNK_BYTES:
+        raise ValueError(f"a chunk of {raw} bytes; the most is {MAX_CHUNK_BYTES}")
+    if raw and _promises(parts, raw):
+        packed = _compressed(parts, raw, level)
+        stored = sum(len(part) for part in packed)
+        if stored <= raw * WORTH:
+            return Sealed(id, packed, stored, raw, _sum(packed), Codec.ZSTD)
+    return Sealed(id, tuple(parts), raw, raw, _sum(parts), Codec.RAW)
+
+
+def _promises(parts: Sequence[Data], raw: int) -> bool:
+    """Tell by a few samples whether compression is worth its while."""
+    if raw <= 2 * SAMPLES * SAMPLE_BYTES:
+        return True
+    step = max(1, len(parts) // SAMPLES)
+    samples: list[Data] = []
+    for part in parts[::step][:SAMPLES]:
+        samples += _spread(memoryview(part), 1 if len(parts) >= SAMPLES else SAMPLES)
+    tried = sum(len(_tools.fast.compress(sample)) for sample in samples)
+    return tried <= WORTH * sum(len(sample) for sample in samples)
+
+
+def _spread(part: memoryview, count: int) -> list[memoryview]:
+    step = max(1, len(part) // count)
+    starts = range(step // 2, len(part), step)
+    return [part[start : start + SAMPLE_BYTES] for start in starts][:count]
+
+
+def _compressed(parts: Sequence[Data], raw: int, level: int) -> tuple[bytes, ...]:
+    compressor = _tools.compressor(level)
+    if len(parts) == 1:
+        return (compressor.compress(parts[0]),)
+    stream = compressor.compressobj(size=raw)
+    packed = [stream.compress(part) for part in parts]
+    packed.append(stream.flush())
+    return tuple(part for part in packed if part)
+
+
+def _sum(parts: Sequence[Data]) -> int:
+    hasher = xxh3_64()
+    for part in parts:
+        hasher.update(part)
+    return hasher.intdigest()
+
+
+def is_sound(place: Place, stored: Data) -> bool:
+    """Tell whether these are the bytes that were stored, by their sum alone."""
+    return len(stored) == place.stored and _sum((stored,)) == place.sum
+
+
+def read_into(backend: Backend, place: Place, buffer: memoryview) -> int:
+    """Bring a chunk's raw bytes into the caller's memory, and return how many.
+
+    Damaged unless they are those of its id; what is in the buffer then is of no use.
+    FileNotFoundError when the pack is gone.
+    """
+    if len(buffer) < place.raw:
+        raise ValueError(f"room for {len(buffer)} bytes; the chunk has {place.raw}")
+    into = buffer[: place.raw]
+    if place.codec == Codec.RAW and place.stored == place.raw:
+        if backend.read_into(place.pack, place.offset, into) != place.raw:
+            raise damaged(place, "its pack is cut short")
+    else:
+        open_into(place, backend.read(place.pack, place.offset, place.stored), into)
+        return place.raw
+    _prove(place, into)
+    return place.raw
+
+
+def open_into(place: Place, stored: Data, buffer: memoryview) -> None:
+    """Fill `buffer`, which has the chunk's raw size, from its stored bytes; Damaged as above."""
+    if not is_sound(place, stored):
+        raise damaged(place, "its stored bytes have changed")
+    if place.codec == Codec.RAW:
+        buffer[:] = stored
+    elif place.codec == Codec.ZSTD:
+        _decompress(place, stored, buffer)
+    else:
+        raise damaged(place, f"it is stored in way {place.codec}, which this version does not know")
+    _prove(place, buffer)
+
+
+def _decompress(place: Place, stored: Data, buffer: memoryview) -> None:
+    # Into the buffer and never beyond: decompress() believes the size that the frame claims.
+    got = 0
+    try:
+        with _tools.decompressor.stream_reader(stored) as reader:
+            while got < len(buffer) and (more := reader.readinto(buffer[got:])):
+                got += more
+    except zstandard.ZstdError as exc:
+        raise damaged(place, f"it cannot be decompressed ({exc})") from exc
+    if got != len(buffer):
+        raise damaged(place, f"it has {got} bytes instead of {len(buffer)}")
+
+
+def _prove(place: Place, raw: memoryview) -> None:
+    if blake3(raw).digest() != place.id:
+        raise damaged(place, "its bytes are not those of its id")
+
+
+def damaged(place: Place, why: str) -> Damaged:
+    return Damaged(
+        f"chunk {place.id[:8].hex()} in {place.pack} is damaged: {why}; "
+        "`krg verify` names the images that need it"
+    )
