@@ -60,19 +60,19 @@ class DirectoryBackend:
             end = os.fstat(file.fd).st_size
             start = max(0, end + offset) if offset < 0 else offset
             data = bytearray(max(0, end - start if size is None else min(size, end - start)))
-            del data[_fill(file.fd, start, memoryview(data)) :]
+            del data[_fill(file, start, memoryview(data)) :]
             return bytes(data)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         with _about(name):
             path = self._path(name)
             try:
-                return _fill(self._files.open(path).fd, offset, buffer)
+                return _fill(self._files.open(path), offset, buffer)
             except OSError as exc:
                 self._files.forget(path)
                 if exc.errno != errno.ESTALE:  # NFS: removed behind an open descriptor
                     raise
-                return _fill(self._files.open(path).fd, offset, buffer)
+                return _fill(self._files.open(path), offset, buffer)
 
     def put(self, name: str, data: Data, *, replace: bool = False) -> None:
         upload = _FileUpload(self, checked(name), replace)
@@ -238,8 +238,8 @@ class _FileUpload:
 
 
 class _File:
-    """An open file. Its last user closes it by letting go: threads read from it without a lock, and
-    must never find another file under its number."""
+    """An open file. Its last user closes it by letting go, so hold it, not its number: threads read
+    without a lock, and must never find another file under that number."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -318,9 +318,9 @@ def _write(fd: int, offset: int, views: list[memoryview]) -> None:
             views[0] = views[0][done:]
 
 
-def _fill(fd: int, offset: int, buffer: memoryview) -> int:
+def _fill(file: _File, offset: int, buffer: memoryview) -> int:
     at, rest = 0, buffer.cast("B")
-    while at < len(rest) and (got := os.preadv(fd, [rest[at:]], offset + at)):
+    while at < len(rest) and (got := os.preadv(file.fd, [rest[at:]], offset + at)):
         at += got
     return at
 

@@ -90,7 +90,10 @@ class S3Backend:
             retry_config={
                 "max_retries": 5,
                 "retry_timeout": timedelta(seconds=patience_s),
-                "backoff": {"max_backoff": timedelta(seconds=patience_s / 8)},
+                "backoff": {
+                    "init_backoff": timedelta(seconds=patience_s / 150),
+                    "max_backoff": timedelta(seconds=patience_s / 8),
+                },
             },
         )
 
@@ -251,7 +254,7 @@ class _S3Upload:
         self._rest = bytearray()
         self._parts: deque[bytes] = deque()
         self._ended = self._dropped = False
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def append(self, *parts: Data) -> int:
@@ -314,7 +317,7 @@ class _S3Upload:
                 chunk_size=PART_BYTES,
                 max_concurrency=PARTS_ON_THE_WAY,
             )
-        except Exception as exc:
+        except BaseException as exc:  # a panic in obstore, too, must not pass for the end
             with self._changed:
                 self._failed = exc
                 self._parts.clear()
@@ -369,7 +372,7 @@ _BY_TEXT = (  # the codes of S3, and of what HTTP and the system say below it
 )
 
 
-def _error(name: str, exc: Exception) -> OSError:
+def _error(name: str, exc: BaseException) -> OSError:
     text = str(exc)
     numbers = [number for sign, number in _BY_TEXT if sign.search(text)]
     numbers += [number for kind, number in _BY_TYPE if isinstance(exc, kind)]
