@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 BUFFER_BYTES = 1 << 20
 
@@ -74,6 +75,12 @@ class Buffers:
         return len(self._free)
 
 
+class Home(Protocol):
+    """What memory is given back to; the number is its own affair."""
+
+    def give_back(self, index: int, /) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive bytes of an image file: `data` holds until `give_back`, which is due once.
@@ -84,7 +91,7 @@ class Piece:
     file: str
     offset: int
     data: memoryview | bytes
-    _home: Buffers | None = None
+    _home: Home | None = None
     _index: int = -1
 
     def give_back(self) -> None:

@@ -1,8 +1,7 @@
 """What lies in the directory of an image, and whether it is what its manifest says.
 
-Names and sizes are compared first, which costs little; then everything is read and hashed. `seal`
-makes a directory whole: all of it on the disk and hashed, and the manifest of it written last.
-All but `seal` is blocking work, for `durable.run`.
+Names and sizes are compared first, which costs little; then everything is read and hashed. All of
+it is blocking work, for `durable.run`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import msgspec
 import trio
 from blake3 import blake3
 
 from krgfs.errors import Damaged
 
 from . import durable
-from .manifest import MANIFEST, FileSum, Manifest, decode, encode
+from .manifest import MANIFEST, FileSum, Manifest, decode
 
 MANIFEST_BYTES = 16 * 1024 * 1024
 BUFFER_BYTES = 4 * 1024 * 1024
@@ -30,56 +28,6 @@ class Found(NamedTuple):
     name: str
     size: int
     stored: int
-
-
-async def seal(
-    path: str, manifest: Manifest, ref: str, limiter: trio.CapacityLimiter, *, whole: bool
-) -> Manifest:
-    """Sync and hash all files at once, write the manifest last, and give all to its owner.
-
-    With `whole` the files must be those of the manifest already (Damaged where they are not); else
-    it gets theirs. Returns the manifest as it was written. Cancelled, it stops at the next window.
-    """
-    uid, gid = manifest.uid, manifest.gid
-
-    def take_over() -> list[Found]:
-        found = [file for file in scan(path, ref) if file.name != MANIFEST]
-        for file in found:
-            durable.own(os.path.join(path, file.name), uid, gid, 0o600)
-        return found
-
-    def flush() -> None:
-        durable.flush([os.path.join(path, file.name) for file in found])
-
-    sums: dict[str, FileSum] = {}
-
-    def hash_all() -> None:
-        sums.update(_sums(path, [file.name for file in found]))
-
-    def finish() -> None:
-        target, folder = os.path.join(path, MANIFEST), os.path.join(path, "files")
-        durable.write(target, data)
-        durable.own(target, uid, gid, 0o600)
-        durable.sync(target)
-        for directory in (folder, path) if os.path.isdir(folder) else (path,):
-            durable.own(directory, uid, gid, 0o700)
-            durable.sync(directory)
-
-    action = f"cannot store {ref}"
-    found = await durable.run(action, take_over)
-    await durable.together(action, limiter, flush, hash_all)
-    if whole:
-        refuse(ref, _changed(manifest.files, sums))
-    else:
-        manifest = msgspec.structs.replace(
-            manifest,
-            files=sums,
-            logical_bytes=sum(entry.size for entry in sums.values()),
-            stored_bytes=sum(file.stored for file in found),
-        )
-    data = encode(manifest)
-    await durable.run(action, finish)
-    return decode(data, ref)
 
 
 def read_manifest(path: str, ref: str) -> Manifest:

@@ -13,10 +13,10 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 import zstandard
@@ -38,12 +38,14 @@ from . import (
     outside,
     procs,
 )
+from .buffers import Buffers, Piece
 from .criu_options import Option, Substitute
 from .criu_run import LastWord, Started
 from .keepers import Inherit, LaunchFailed, Owner, Plan
 from .manifest import Manifest
 from .outside import End
 from .procs import ProcessTree
+from .stream import capture
 
 OLDEST = (4, 2)
 FETCHED = "/usr/local/lib/krgfs/criu/usr/sbin/criu"  # by contrib/fetch-criu
@@ -171,24 +173,37 @@ def work_dir(into: str | Path) -> Path:
     return Path(f"{into}.work")
 
 
+class Intake(Protocol):
+    """What a dump goes into: large files by the sink `take` through `buffers` (see stream), small
+    ones come to lie in the directory of the images at `unload`."""
+
+    @property
+    def buffers(self) -> Buffers: ...
+
+    def take(self, piece: Piece) -> None: ...
+
+    def unload(self, directory: Path, sizes: Mapping[str, int]) -> None: ...
+
+
 async def dump(
     engine: Engine,
     tree: ProcessTree,
     into: str | Path,
+    intake: Intake,
     options: Sequence[Option],
     started: Started,
     progress: Callable[[int], None],
     commit: Commit | None = None,
 ) -> DumpReport:
-    """Dump a tree into an empty directory; it runs on (or stays frozen) unless `options` say that
-    it ends with the dump, see `is_ended_by`.
+    """Dump a tree into an intake, by way of an empty directory that gets the small files; the tree
+    runs on (or stays frozen) unless `options` say that it ends with the dump, see `is_ended_by`.
 
-    `started` is told pid and start time of what works; `progress` how many bytes are written.
-    `commit` is awaited when all is written, with the tree still as the dump left it; where the
+    `started` is told pid and start time of what works; `progress` how many bytes have come.
+    `commit` is awaited when all has come, with the tree still as the dump left it; where the
     dump ends the tree, before that: it then has to be given, and if it raises the tree runs on.
 
-    Nothing ends CRIU: cancelled, asks it to give up, waits for its own end and then is cancelled,
-    the tree running.
+    Nothing ends CRIU: cancelled, it finds nobody to write to, gives up, is waited for, and then
+    this is cancelled, the tree running.
     Raises what CRIU's complaint means, as a sentence about the tree, with the tree's fate.
     """
     if is_ended_by(options) and commit is None:
@@ -196,26 +211,34 @@ async def dump(
     into, work, begun = Path(into), work_dir(into), time.monotonic()
     command = (*_way_to(tree), engine.path, "dump", *_words(options))
     work.mkdir(mode=0o700)
+    async with capture(into, intake.buffers, intake.take) as captured:
 
-    async def finish() -> DumpReport:
-        await trio.to_thread.run_sync(criu_images.mend, into)
-        report = _report(work, options, begun)
-        if commit is not None:
-            await commit(report)
-        return report
+        async def finish() -> DumpReport:
+            sizes = await captured.whole(0)
+            await trio.to_thread.run_sync(_put_small, intake, into, sizes)
+            report = _report(work, options, begun)
+            if commit is not None:
+                await commit(report)
+            return report
 
-    last_word = LastWord(work, finish) if is_ended_by(options) else None
-    watch = partial(criu_run.watch_size, into, progress)
-    code = await criu_run.run(command, tree, work, started, watch, last_word)
-    if last_word is not None and last_word.said_yes:
-        procs.kill(tree)  # it is committed: should CRIU not have ended the tree, that is ours to do
-        return _report(work, options, begun)
-    await trio.lowlevel.checkpoint_if_cancelled()
-    if last_word is not None and last_word.failure is not None:
-        raise last_word.failure
-    if code != 0 or not (into / f"core-{tree.inner_root}.img").exists():
-        raise await _complaint(tree, work, code)
-    return await finish()
+        last_word = LastWord(work, finish) if is_ended_by(options) else None
+        watch = partial(criu_run.watch, captured, progress)
+        code = await criu_run.run(command, tree, work, started, watch, captured.stop, last_word)
+        if last_word is not None and last_word.said_yes:
+            procs.kill(tree)  # it is committed: if CRIU has not ended the tree, that is ours to do
+            return _report(work, options, begun)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if last_word is not None and last_word.failure is not None:
+            raise last_word.failure
+        if code != 0:
+            captured.check()
+            raise await _complaint(tree, work, code)
+        return await finish()
+
+
+def _put_small(intake: Intake, into: Path, sizes: Mapping[str, int]) -> None:
+    intake.unload(into, sizes)
+    criu_images.mend(into)
 
 
 async def outlived(into: str | Path, tree: ProcessTree | None) -> None:
@@ -302,15 +325,17 @@ def restore_plan(
     caller: Caller,
     private: bool,
     directory: str,
+    sizes: Mapping[str, int],
 ) -> Plan:
     """Return what a keeper with this directory is to start, so that an image lives again.
 
-    With `private` the tree gets pids and mounts of its own. What the image needs and is not whole
-    raises Damaged; a cgroup that is not there BadWords or Gone; a TCP connection that somebody has
-    Exists.
+    `images` has its small files, and is where CRIU asks for all of them (stream.serve); `sizes`
+    are those of all. With `private` the tree gets pids and mounts of its own. What the image needs
+    and is not whole raises Damaged; a cgroup that is not there BadWords or Gone; a TCP connection
+    that somebody has Exists.
     """
     images, keeper_dir = Path(images), Path(directory)
-    criu_images.check_pages(images)
+    criu_images.check_pages(images, sizes)
     shape, dumped = criu_images.shape(images), criu_images.dumped(images)
     terminal = dumped.has_outer_terminal
     replaced = criu_options.substitutes(images, manifest.ends)

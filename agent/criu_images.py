@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from krgfs.errors import Damaged
 
@@ -21,6 +25,7 @@ STATS_MAGIC, PSTREE_MAGIC, FILES_MAGIC = 0x57093306, 0x50273030, 0x56303138
 PAGEMAP_MAGIC, TTY_INFO_MAGIC, INVENTORY_MAGIC = 0x56084025, 0x59453036, 0x58313116
 CORE_MAGIC = 0x55053847
 PAGE_BYTES = 4096
+LARGE = ("pages-", "ghost-file-")  # begin the names of files that can have any size
 SMALL_BYTES = 16 * 1024 * 1024  # more than CRIU writes of a thread, of the tree or of the dump
 MAX_PID = 1 << 22  # CRIU 4.2 leaves session and group of a zombie to chance
 
@@ -35,6 +40,7 @@ ARCHES = dict(
 # fields of inventory_entry, pagemap_entry, tty_info_entry
 INVENTORY_TCP_CLOSE, INVENTORY_RUN_ID = 10, 13
 RUN_ID = re.compile(r"[0-9A-Za-z-]*")
+PAGEMAP_ADDRESS = 1
 PAGEMAP_COMPAT_COUNT, PAGEMAP_IN_PARENT, PAGEMAP_FLAGS, PAGEMAP_COUNT = 2, 3, 4, 5
 PAGE_IS_PRESENT = 1 << 2
 TTY_TYPE, TTY_RDEV, TTY_PTY = 2, 8, 12
@@ -213,21 +219,56 @@ def _has_outer_terminal(path: Path) -> bool:
     return bool(slaves - masters)
 
 
-def check_pages(images: Path) -> None:
-    """Raise Damaged unless every page that the page maps tell of is there.
+def is_large(file: str) -> bool:
+    """Tell whether an image file can have any size: memory, and open files without a name."""
+    return file.startswith(LARGE)
+
+
+def check_pages(images: Path, sizes: Mapping[str, int]) -> None:
+    """Raise Damaged unless every page that the page maps tell of is in a page file, `sizes` those.
 
     CRIU 4.2 does not look: at the end of a page file that was cut off it reads for ever.
     """
     wanted: dict[int, int] = {}
     for path in images.glob("pagemap-*.img"):
-        found = entries(path, COMMON_MAGIC, PAGEMAP_MAGIC)
-        file = as_int(fields_of(next(found, b"")).get(1, 0))
-        wanted[file] = wanted.get(file, 0) + sum(map(_pages_of, found))
+        file, ranges = _pagemap(path)
+        wanted[file] = wanted.get(file, 0) + sum(count for _, count in ranges)
     for file, pages in wanted.items():
-        path = images / f"pages-{file}.img"
-        size = path.stat().st_size if path.exists() else 0
-        if size < pages * PAGE_BYTES:
-            raise Damaged(f"{path} has {size} bytes of {pages * PAGE_BYTES}")
+        name = f"pages-{file}.img"
+        if (size := sizes.get(name, 0)) < pages * PAGE_BYTES:
+            raise Damaged(f"{name} has {size} bytes of {pages * PAGE_BYTES}")
+
+
+class Addresses:
+    """The virtual addresses of the pages in the page files of a directory."""
+
+    def __init__(self, images: str | Path) -> None:
+        self._images = Path(images)
+        self._ranges: dict[str, list[tuple[int, int]]] | None = None
+
+    def pages_of(self, file: str) -> npt.NDArray[np.int64]:
+        """Return the page number (address / 4096) of each page in a page file; none where the page
+        maps do not tell."""
+        if self._ranges is None:
+            self._ranges = {}
+            for path in sorted(self._images.glob("pagemap-*.img")):
+                number, ranges = _pagemap(path)
+                self._ranges.setdefault(f"pages-{number}.img", []).extend(ranges)
+        ranges = self._ranges.get(file, [])
+        found = [np.arange(at, at + count) for at, count in ranges]
+        return np.concatenate([*found, np.empty(0, np.int64)]).astype(np.int64)
+
+
+def _pagemap(path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Return the number of a page map's page file, and (page number, count) of what is in that."""
+    found = entries(path, COMMON_MAGIC, PAGEMAP_MAGIC)
+    file = as_int(fields_of(next(found, b"")).get(1, 0))
+    return file, [range for entry in found if (range := _range(entry))[1]]
+
+
+def _range(entry: bytes) -> tuple[int, int]:
+    number = fields_of(entry)
+    return as_int(number.get(PAGEMAP_ADDRESS, 0)) // PAGE_BYTES, _pages_of(entry)
 
 
 def _pages_of(entry: bytes) -> int:

@@ -79,7 +79,8 @@ def for_dump(
     return _chosen(
         (
             (("--tree", str(tree.inner_root)), True, "the root, as its own pid namespace says"),
-            (("--images-dir", str(into)), True, "what is committed as the image"),
+            (("--images-dir", str(into)), True, "where the socket is that it streams to"),
+            (("--stream",), True, "into memory: no disk is waited for while the tree is frozen"),
             (("--work-dir", str(work)), True, "log and statistics are no part of the image"),
             (("--log-file", "dump.log", LEVEL), True, "names the task and fd that an error is of"),
             (("--no-default-config",), True, "what /etc/criu says is meant for containers"),
@@ -162,14 +163,20 @@ def ends_with_dump(words: Checkpoint, keeps_tcp: bool) -> bool:
 
 
 def for_restore(
-    images: Path, work: Path, pidfile: Path, substitutes: Sequence[Substitute]
+    images: Path,
+    work: Path,
+    pidfile: Path,
+    substitutes: Sequence[Substitute],
+    lazy: bool = False,
 ) -> list[Option]:
     """Return the options of a restore, decided from the image itself: a directory that plain CRIU
-    wrote has nothing else. Raises Damaged where it is not whole."""
+    wrote has nothing else. With `lazy` a feeder listens in `work`. Raises Damaged where the image
+    is not whole."""
     shape, dumped = criu_images.shape(images), criu_images.dumped(images)
     return _chosen(
         (
-            (("--images-dir", str(images)), True, "the image"),
+            (("--images-dir", str(images)), True, "where the socket is that serves the image"),
+            (("--stream",), True, "out of memory: nothing is unpacked first"),
             (("--work-dir", str(work)), True, "an image is not written to"),
             (("--log-file", "restore.log", LEVEL), True, "names what an error is of"),
             (("--no-default-config",), True, "what /etc/criu says is meant for containers"),
@@ -190,6 +197,7 @@ def for_restore(
             (("--tcp-close",), dumped.closed_tcp, "dumped with tcp=close"),
             (("--ext-unix-sk",), True, "permits what the dump found; without it none is tried"),
             (("--file-locks",), dumped.has_locks, "it held file locks"),
+            (("--lazy-pages",), lazy, "lazy=yes: it runs, and a feeder brings its memory"),
             *(
                 (
                     ("--inherit-fd", f"fd[{each.fd}]:{each.key}"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import shlex
 import socket
 import struct
@@ -26,6 +25,7 @@ from krgfs.model import ProcessId
 
 from . import criu_network, procs, texts
 from .procs import ProcessTree
+from .stream import Capture
 
 Started = Callable[[int, int], Awaitable[None]]
 
@@ -42,13 +42,15 @@ async def run(
     work: Path,
     started: Started,
     watch: Callable[[], Awaitable[None]],
+    give_up: Callable[[], None],
     last_word: LastWord | None = None,
 ) -> int:
     """Let a CRIU do its work on a tree, and return its exit code, as subprocess has it.
 
     It runs in a session of its own with nothing of ours open, so that it outlives us. Waited for
-    even when this is cancelled, which then only keeps `last_word` from saying yes; cancellation is
-    left to be noticed by the caller. An error of `started` is raised once CRIU has ended.
+    even when this is cancelled, which calls `give_up`, so that CRIU fails at its next write, and
+    keeps `last_word` from saying yes; cancellation is left to be noticed by the caller. An error of
+    `started` is raised once CRIU has ended.
     """
     asked = await last_word.listen() if last_word is not None else None
     process = await _start(command, work)
@@ -70,7 +72,7 @@ async def run(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tell)
             nursery.start_soon(watch)
-            code = await _wait_out(process, tree)
+            code = await _wait_out(process, tree, give_up)
             nursery.cancel_scope.cancel()
     except* trio.Cancelled:
         pass  # what CRIU did counts first; the next checkpoint of the caller raises this
@@ -89,7 +91,6 @@ async def _start(command: Sequence[str], work: Path) -> trio.Process:
             start_new_session=True,
             cwd="/",
             env=ENVIRONMENT,
-            restore_signals=False,  # SIGXFSZ stays ignored: see _ask_to_give_up
         )
 
 
@@ -98,13 +99,13 @@ def _start_of(pid: int) -> int:
     return task.start if task is not None else 0
 
 
-async def _wait_out(process: trio.Process, tree: ProcessTree) -> int:
+async def _wait_out(process: trio.Process, tree: ProcessTree, give_up: Callable[[], None]) -> int:
     """Wait for the end of an engine, cancelled or not, and until no engine traces the tree:
     `nsenter` may have been ended while the CRIU that it started goes on."""
     try:
         code = await process.wait()
     except trio.Cancelled:
-        _ask_to_give_up(process.pid)
+        give_up()
     with trio.CancelScope(shield=True):
         code = await process.wait()
         if code != 0:
@@ -114,30 +115,17 @@ async def _wait_out(process: trio.Process, tree: ProcessTree) -> int:
     return code
 
 
-def _ask_to_give_up(pid: int) -> None:
-    """Have a dumper fail at its next write, as on a full disk: it then lets the tree go in order.
-
-    Its limit on the size of files becomes 0 (setrlimit(2)). One that runs as another user may be
-    out of our reach, and is waited for as it is.
-    """
-    for task in facts.tree(pid):
-        with contextlib.suppress(OSError):
-            _, hard = resource.prlimit(task.pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(task.pid, resource.RLIMIT_FSIZE, (0, hard))
-
-
 def _engine_on(pid: int) -> ProcessId | None:
     tracer = facts.status(pid).get(b"TracerPid", b"0")
     found = facts.task(int(tracer)) if tracer != b"0" else None
     return procs.process_id(found) if found is not None and found.comm == b"criu" else None
 
 
-async def watch_size(images: Path, progress: Callable[[int], None]) -> None:
-    """Tell how many bytes of memory are written, for as long as it is let."""
+async def watch(captured: Capture, progress: Callable[[int], None]) -> None:
+    """Tell how many bytes have come, for as long as it is let."""
     while True:
         await trio.sleep(POLL_S)
-        with contextlib.suppress(OSError), os.scandir(images) as entries:
-            progress(sum(each.stat().st_size for each in entries if each.name.startswith("pages-")))
+        progress(captured.drained_bytes)
 
 
 # -- the last word: whether CRIU may end what it has dumped

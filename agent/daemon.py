@@ -12,13 +12,15 @@ import gc
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import struct
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import NamedTuple
 
 import click
 import trio
@@ -29,11 +31,12 @@ from krgfs.errors import KrgError, Unreachable, first_of
 from krgfs.model import Caller
 
 from . import figures, keepers, recovery
+from .backends import open_backend
 from .criu import Engine
 from .desk import Desk
 from .ends import Ends
 from .freezer import Freezer
-from .images import Images
+from .images import Images, Limits
 from .jobs import Jobs
 from .journal import Journal
 from .mounts import Mounts
@@ -186,27 +189,50 @@ async def listen(path: str) -> trio.SocketListener:
     return trio.SocketListener(sock)
 
 
+class Settings(NamedTuple):
+    """What krg-agent(8) is told."""
+
+    state_dir: str
+    run_dir: str
+    node: str
+    criu: str | None = None
+    freezer: str = "auto"
+    images: str = ""
+    credentials: str | None = None
+    limits: Limits = Limits()
+
+    @property
+    def image_store(self) -> str:
+        return self.images or os.path.join(self.state_dir, "images")
+
+
 @asynccontextmanager
-async def assembled(
-    state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str, nursery: trio.Nursery
-) -> AsyncIterator[Parts]:
+async def assembled(settings: Settings, nursery: trio.Nursery) -> AsyncIterator[Parts]:
     """Put the parts of an agent together."""
+    state_dir, run_dir = settings.state_dir, settings.run_dir
     for path, mode in (
         (run_dir, 0o755),
         (os.path.join(run_dir, "keepers"), 0o700),
         (os.path.join(state_dir, "jobs"), 0o700),
     ):
         os.makedirs(path, mode=mode, exist_ok=True)
-    engine = await Engine.find(criu)
-    store = await SqliteStore.open(os.path.join(state_dir, "store.db"))
-    try:
-        state = State(store, node)
+    engine = await Engine.find(settings.criu)
+    async with AsyncExitStack() as stack:
+        store = await SqliteStore.open(os.path.join(state_dir, "store.db"))
+        stack.push_async_callback(_close, store)
+        backend = await trio.to_thread.run_sync(
+            open_backend, settings.image_store, settings.credentials
+        )
+        stack.callback(backend.close)
+        images = await Images.open(state_dir, backend, settings.node, settings.limits)
+        stack.callback(images.close)
+        state = State(store, settings.node)
         await state.load(facts.BOOT_ID)
-        thawing = Freezer.find(freezer)
+        thawing = Freezer.find(settings.freezer)
         yield Parts(
             state=state,
             journal=Journal(store, facts.BOOT_ID),
-            images=await Images.open(os.path.join(state_dir, "images")),
+            images=images,
             engine=engine,
             freezer=thawing,
             mounts=Mounts(),
@@ -218,12 +244,14 @@ async def assembled(
             state_dir=state_dir,
             keeper=keepers.binary(),
         )
-    finally:
-        with trio.CancelScope(shield=True):
-            await store.aclose()
 
 
-async def run(state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str) -> None:
+async def _close(store: SqliteStore) -> None:
+    with trio.CancelScope(shield=True):
+        await store.aclose()
+
+
+async def run(settings: Settings) -> None:
     """Be the agent until SIGTERM. Jobs that run then let go what they froze, which waits for a CRIU
     at work; the next agent says what became of them. Nothing of a user is ended."""
     async with trio.open_nursery() as nursery:
@@ -236,13 +264,13 @@ async def run(state_dir: str, run_dir: str, node: str, criu: str | None, freezer
                     return
 
         nursery.start_soon(end_on_signal)
-        async with assembled(state_dir, run_dir, node, criu, freezer, nursery) as parts:
+        async with assembled(settings, nursery) as parts:
             await recovery.recover(parts)
             await figures.show(parts)
-            listener = await listen(os.path.join(run_dir, "agent.sock"))
+            listener = await listen(os.path.join(settings.run_dir, "agent.sock"))
             log.info(
                 "agent.up node=%s pid=%d criu=%s version=%s freezer=v%d",
-                node,
+                settings.node,
                 os.getpid(),
                 parts.engine.path,
                 parts.engine.version,
@@ -252,15 +280,36 @@ async def run(state_dir: str, run_dir: str, node: str, criu: str | None, freezer
             await Agent(parts).serve(listener)
 
 
+def _bytes(text: str) -> int:
+    """Return a number of bytes: 300000, 64K, 256M, 2G."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)i?B?", text, re.IGNORECASE)
+    if not match:
+        raise click.BadParameter(f"{text!r} is no size; write 256M or 2G", param_hint="--memory")
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--state", "state_dir", default="/var/lib/krgfs", show_default=True)
 @click.option("--run", "run_dir", default="/run/krgfs", show_default=True)
 @click.option("--node", default=lambda: platform.node().partition(".")[0], help="[the hostname]")
 @click.option("--criu", envvar="KRG_CRIU", help="the CRIU to use  [searched for]")
 @click.option("--freezer", type=click.Choice(["auto", "v1", "v2"]), default="auto")
+@click.option("--images", default="", help="where images are kept  [STATE/images]")
+@click.option("--credentials", type=click.Path(), help="the file with the keys of an s3:// store")
+@click.option("--memory", default="0", help="most memory for dumps  [a quarter of what is free]")
+@click.option("--level", type=click.IntRange(1, 19), default=1, show_default=True, help="of zstd")
 @click.option("--verbose", is_flag=True, help="log more")
 def main(
-    state_dir: str, run_dir: str, node: str, criu: str | None, freezer: str, verbose: bool
+    state_dir: str,
+    run_dir: str,
+    node: str,
+    criu: str | None,
+    freezer: str,
+    images: str,
+    credentials: str | None,
+    memory: str,
+    level: int,
+    verbose: bool,
 ) -> None:
     """Be this node's agent, in the foreground. See krg-agent(8)."""
     logging.basicConfig(
@@ -270,10 +319,20 @@ def main(
     )
     if os.geteuid() != 0:
         raise click.ClickException("krg-agent has to be root: it freezes and dumps processes")
+    settings = Settings(
+        os.path.abspath(state_dir),
+        os.path.abspath(run_dir),
+        node,
+        criu,
+        freezer,
+        images,
+        credentials,
+        Limits(_bytes(memory), level),
+    )
     failure: BaseException | None = None
-    with only_one(os.path.abspath(state_dir)):
+    with only_one(settings.state_dir):
         try:
-            trio.run(run, os.path.abspath(state_dir), os.path.abspath(run_dir), node, criu, freezer)
+            trio.run(run, settings)
         except* KrgError as group:
             failure = first_of(group)
     if failure:  # raised out here: what an `except*` raises may come out in a group again

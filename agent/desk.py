@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 
 import trio
 import zstandard
@@ -31,8 +30,9 @@ from krgfs.errors import (
 from krgfs.model import App, Caller, Image, Import, Tree
 from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
 
-from . import criu, criu_images, names, procs
+from . import criu, names, procs
 from .jobs import Running
+from .manifest import Manifest
 from .ops import checkpoint, freeze, restart
 from .parts import Parts
 from .procs import ProcessTree
@@ -300,17 +300,23 @@ class Desk:
             if found is None or name.endswith(".part"):
                 return
             self._import(caller, app, name)
-            if await self._parts.images.imports.whole(app, name) is not None:
-                await self._finish_import(found, name)
+            if (manifest := await self._parts.images.imports.whole(app, name)) is not None:
+                await self._finish_import(found, name, manifest)
 
-    async def _finish_import(self, found: Import, to: str) -> None:
+    async def _finish_import(
+        self, found: Import, to: str, manifest: Manifest | None = None
+    ) -> None:
         app = self._state.apps[found.app]
         number = int(to[1:])
         if number in self._state.images.get(found.app, {}):
             raise Exists(f"{found.app} has a v{number} already")
-        sealed = await self._parts.images.imports.finish(found.app, found.name, number)
-        image = names.image_of(sealed, own=False)
-        await self._state.commit(image, names.with_version(app, number), delete=[found])
+        images = self._parts.images
+        image = names.image_of(
+            await images.finish_import(found.app, found.name, number, manifest), own=False
+        )
+        with trio.CancelScope(shield=True):
+            await self._state.commit(image, names.with_version(app, number), delete=[found])
+            await images.imports.remove(found.app, found.name)
         self._state.event("image.imported", app.uid, image=image.ref)
 
     async def _remove_version(self, caller: Caller, app: str, name: str) -> None:
@@ -320,7 +326,7 @@ class Desk:
             await self._parts.images.imports.remove(app, name)
             return
         self._refuse_needed(found)
-        if network := await trio.to_thread.run_sync(self._network_held_by, found):
+        if network := await self._network_held_by(found):
             await criu.unlock_network(network)
         self._version(caller, app, name)
         self._refuse_needed(found)  # somebody may have begun with it meanwhile
@@ -336,16 +342,15 @@ class Desk:
             raise Busy(f"{image.ref} is pinned by the label {pins[0]}; rm the label first")
         self._parts.jobs.refuse_if_held(frozenset({f"image {image.ref}"}))
 
-    def _network_held_by(self, image: Image) -> str:
+    async def _network_held_by(self, image: Image) -> str:
         """Return the dump of which an image keeps TCP connections, '' when it keeps none, as a copy
         of another image does: that one may still be restored."""
         if not image.own:
             return ""
         try:
-            dumped = criu_images.dumped(Path(self._parts.images.path(image.app, image.version)))
-        except (KrgError, OSError):
-            return ""  # its files are gone or damaged, which must not keep it from being removed
-        return dumped.run_id if dumped.kept_tcp else ""
+            return (await self._parts.images.opened(image.app, image.version)).manifest.network
+        except KrgError:
+            return ""  # it is gone or damaged, which must not keep it from being removed
 
     async def _set_label(self, app: App, label: str, version: str) -> None:
         _checked(verbs.label_name, label)

@@ -73,6 +73,7 @@ async def keep(parts: Parts) -> None:
     while True:
         await trio.sleep(LOOK_S)
         await show(parts)
+        await trio.to_thread.run_sync(parts.images.idle)
         old = parts.state.outlived()
         for start in range(0, len(old), 50):
             await parts.state.commit(delete=old[start : start + 50])

@@ -1,200 +1,352 @@
-"""Images as plain directories: ROOT/APP/vN, each with CRIU's files and a manifest.
+"""The images of this node: one object each in the store, over chunks that all of them share.
 
-A dump is written into a spool, sealed (hashed, synced, manifest last) and published by one rename;
-an import comes to be a version the same way. What is published becomes an image only by its record
-in the store, which is the caller's business, and `recover` sets right what a crash left in between.
-ROOT is 0700 of the agent: whoever could write an image could make himself root by restarting it, so
-users reach images through the agent alone.
+A dump comes in through a spool: its small files lie in a directory, for us and CRIU to look at; its
+memory goes through an intake into the chunk store; `seal` makes both durable and `publish` makes
+the image be. It is shown from its record in the cluster store on, which is the caller's business,
+and `recover` sets right what a crash left in between. Images are read back through one reader.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import psutil
 import trio
+from blake3 import blake3
+from msgspec.structs import replace
 
-from krgfs import model, verbs, wire
-from krgfs.errors import BadWords, Exists, Gone, KrgError
+from krgfs import model, wire
+from krgfs.errors import BadWords, Damaged, Exists
 
-from . import contents, durable
+from . import contents, criu_images, durable, pages, versions
+from .backend import Backend
+from .buffers import BUFFER_BYTES, Buffers
+from .chunk_sessions import Session
+from .chunks import ChunkStore
 from .imports import Imports
-from .manifest import MANIFEST, Manifest, decode, encode, file_name
+from .intake import Intake
+from .manifest import MANIFEST, FileSum, Manifest, encode
 from .places import Places
+from .recipe import Recipe
+from .serving import ImageSource, Reader
+
+LEAST_BUFFERS, SPARE_BUFFERS = 16, 16
+KNOWN_IMAGES = 32
+IDLE_S = 10.0
+READ_AHEAD_BYTES = 8 << 20
+NO_SUM = "0" * 64
+
+
+class Limits(NamedTuple):
+    """`memory_bytes` bounds what dumps are taken into, 0 a quarter of what is free; `level` is that
+    of zstd."""
+
+    memory_bytes: int = 0
+    level: int = 1
 
 
 class Recovered(NamedTuple):
-    """What `recover` did: paths below ROOT that it removed or set aside, and images that are gone.
-
-    `unlisted` are whole versions without a record. They are never deleted by themselves (it may be
-    the store that was lost) but renamed to .unlisted-vN, where only an administrator sees them.
-    """
+    """What `recover` did: what it removed, images set aside that have no record, and images that
+    are gone. Those without a record are never deleted: it may be the records that were lost."""
 
     removed: list[str]
     unlisted: list[str]
     missing: list[tuple[str, int]]
 
 
-class Images:
-    """The versions, spools and imports below one directory, which belongs to one agent at a time.
+class Opened(NamedTuple):
+    """An image whose manifest and recipe are in memory."""
 
-    Every method raises BadWords for a name that cannot be, Gone where the thing is not there, and
-    NoRoom, OverQuota or EngineFailed where the filesystem says no.
+    manifest: Manifest
+    recipe: Recipe
+    source: ImageSource
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all files but the manifest."""
+        return {name: file.size for name, file in self.manifest.files.items()}
+
+    @property
+    def small(self) -> list[str]:
+        """The names of the files that CRIU and we read whole."""
+        return [name for name in self.recipe.files if not criu_images.is_large(name)]
+
+
+class Images:
+    """The images of one node in a back end. `owner` tells them from those of others there.
+
+    Every method raises BadWords for a name that cannot be, Gone where the thing is not there,
+    Damaged where it is not what was stored, and NoRoom, OverQuota or EngineFailed where the back
+    end says no.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self._places = Places(root)
-        self._bulk = trio.CapacityLimiter(2 * (os.cpu_count() or 1))
-        self.imports = Imports(self._places, self._bulk)
-        self._holds: Counter[str] = Counter()
-        self._doomed: set[str] = set()
+    def __init__(
+        self, state_dir: str, backend: Backend, store: ChunkStore, owner: str, limits: Limits
+    ) -> None:
+        self.places = Places(state_dir)
+        self.backend, self.store = backend, store
+        self.reader = Reader(store)
+        self.imports = Imports(self.places, trio.CapacityLimiter(2 * (os.cpu_count() or 1)))
+        self._owner = owner
+        self._limits = limits
+        self._known: OrderedDict[str, Opened] = OrderedDict()
+        self._seed = _seed(os.path.join(state_dir, "pages.seed"))
+        self._buffers = _Buffers(limits)
 
     @classmethod
-    async def open(cls, root: str | os.PathLike[str]) -> Images:
-        """Use the directory `root`; made if missing, and closed to everybody else."""
-        path = os.path.abspath(os.fspath(root))
+    async def open(
+        cls, state_dir: str, backend: Backend, owner: str, limits: Limits | None = None
+    ) -> Images:
+        """Use what is below `state_dir` on this node, and the images in `backend`."""
 
-        def prepare() -> None:
-            with durable.explained(f"cannot keep images in {path}"):
+        def prepare() -> Images:
+            places = Places(state_dir)
+            for path in (places.spools, places.imports, places.tables):
                 os.makedirs(path, 0o700, exist_ok=True)
                 os.chmod(path, 0o700)
+            asked = limits or Limits()
+            store = ChunkStore.open(backend, level=asked.level)
+            return cls(state_dir, backend, store, owner, asked)
 
-        await trio.to_thread.run_sync(prepare)
-        return cls(path)
+        return await durable.run(f"cannot keep images in {state_dir}", prepare)
+
+    def close(self) -> None:
+        """Let go of threads and memory."""
+        self.reader.close()
+
+    def idle(self) -> None:
+        """Let go of memory that nobody has used for a while."""
+        self.reader.trim(IDLE_S)
+        self._buffers.trim(IDLE_S)
+
+    # -- writing
 
     @asynccontextmanager
-    async def spool(self, job: int, app: str) -> AsyncIterator[Spool]:
-        """Open a directory (0700, the agent's own) for the files of one dump.
-
-        On leave it is gone with everything in it, unless it was published.
-        """
-        path = self._places.spool(app, job)
-
-        def make() -> None:
-            self._places.make_app(app)
-            os.mkdir(path, 0o700)
-
-        await durable.run(f"cannot begin an image of {app}", make)
+    async def spool(self, app: str, job: int, expected_bytes: int) -> AsyncIterator[Spool]:
+        """Be ready to take in an image of an app, of so many bytes of memory: there is an empty
+        directory (0700, the agent's own) for the small files, and buffers are there and touched."""
+        path = self.places.spool(job)
+        await durable.run(f"cannot begin an image of {app}", partial(os.mkdir, path, 0o700))
         try:
-            yield Spool(self._places, self._bulk, app, path)
+            async with self._writing(app, path, expected_bytes) as spool:
+                yield spool
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(durable.delete, path)
 
-    def path(self, app: str, version: int) -> str:
-        """Return the directory of a version, for CRIU; see `held`, which keeps it there."""
-        path = self._places.version(app, version)
-        if path in self._doomed or not os.path.isdir(path):
-            raise Gone(f"there is no {app}/v{version}: it was removed")
-        return path
-
     @asynccontextmanager
-    async def held(self, app: str, version: int) -> AsyncIterator[str]:
-        """Keep a version on disk while somebody reads it, and yield its path.
+    async def _writing(self, app: str, path: str, expected_bytes: int) -> AsyncIterator[Spool]:
+        with contextlib.ExitStack() as stack:
 
-        A `remove` meanwhile returns at once; the last one that lets go deletes.
-        """
-        path = self.path(app, version)
-        self._holds[path] += 1
-        try:
-            yield path
-        finally:
-            self._holds[path] -= 1
-            if not self._holds[path]:
-                del self._holds[path]
-                if path in self._doomed:
-                    self._doomed.remove(path)
-                    with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(durable.discard, path)
+            def prepare() -> Spool:
+                session = stack.enter_context(self.store.session())
+                known = pages.load(self.places.table(app))
+                buffers = stack.enter_context(self._buffers.lent(expected_bytes))
+                intake = Intake(buffers, session, known, self._seed)
+                stack.callback(intake.close)
+                return Spool(self, app, path, session, intake)
 
-    async def manifest(self, app: str, version: int) -> Manifest:
-        """Return the manifest of a version; Damaged or CannotRunHere when it cannot be used."""
-        path, ref = self.path(app, version), f"{app}/v{version}"
-        return await durable.run(f"cannot read {ref}", lambda: contents.read_manifest(path, ref))
+            try:
+                yield await durable.run(f"cannot begin an image of {app}", prepare)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await durable.run(f"cannot end an image of {app}", stack.close)
+
+    def key(self, app: str, version: int) -> str:
+        """Return the name of an image among all in the back end, as `Session.publish` takes it."""
+        self.places.table(app)
+        return f"{self._owner}/{app}/v{version}"
+
+    async def finish_import(
+        self, app: str, name: str, version: int, manifest: Manifest | None = None
+    ) -> Manifest:
+        """Make a version of an import, durably, and return its manifest; see Imports.examined. The
+        caller commits the record and then removes the import, or removes the version."""
+        async with self.imports.examined(app, name, version, manifest) as (path, found):
+            if await self._exists(app, version):
+                raise Exists(f"cannot import {app}/{name}: {app}/v{version} exists; take another")
+            size = sum(file.size for file in contents.scan(path, found.ref))
+            async with self._writing(app, path, size) as spool:
+                await spool.load(found.ref)
+                await spool.seal(found)
+                return await spool.publish(version)
+
+    async def _exists(self, app: str, version: int) -> bool:
+        key = f"manifests/{self.key(app, version)}"
+        found = await durable.run(
+            f"cannot look for {app}/v{version}",
+            partial(self.backend.list, f"{key.rpartition('/')[0]}/"),
+        )
+        return any(entry.name == key for entry in found)
+
+    # -- reading
+
+    async def opened(self, app: str, version: int) -> Opened:
+        """Return an image to be read."""
+        return await durable.run(f"cannot read {app}/v{version}", partial(self._open, app, version))
+
+    def _open(self, app: str, version: int) -> Opened:
+        key, ref = self.key(app, version), f"{app}/v{version}"
+        known = self._known.get(key)
+        if known is None:
+            manifest, recipe = versions.decode(self.backend.read(f"manifests/{key}"), ref)
+            if manifest.ref != ref:
+                raise Damaged(f"{ref} is damaged: its manifest is that of {manifest.ref}")
+            known = Opened(manifest, recipe, ImageSource(self.reader, recipe))
+            self._known[key] = known
+            while len(self._known) > KNOWN_IMAGES:
+                self._known.popitem(last=False)
+        return known
+
+    async def unpacked(self, image: Opened, directory: str) -> None:
+        """Write the small files of an image into a directory, for CRIU and us to look at."""
+
+        def work() -> None:
+            for name in image.small:
+                target = os.path.join(directory, name)
+                os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+                durable.write(target, _whole(image, name))
+
+        await durable.run(f"cannot unpack {image.manifest.ref}", work)
+
+    async def check(self, image: Opened) -> str:
+        """Look quickly at every byte that an image needs, and return what is damaged, file by file;
+        '' when nothing is. Chunks are verified by their ids again whenever they are read."""
+
+        def work() -> str:
+            bad = set(self.store.check(image.recipe.chunks))
+            return contents.enumerated(_named(image.recipe, bad)) if bad else ""
+
+        return await durable.run(f"cannot check {image.manifest.ref}", work)
+
+    async def verify(self, app: str, version: int) -> str:
+        """Read a whole image from the store and return what is damaged; '' when nothing is."""
+
+        def work() -> str:
+            self._known.pop(self.key(app, version), None)
+            try:
+                image = self._open(app, version)
+            except Damaged as exc:
+                return exc.message
+            except FileNotFoundError:
+                return "it is not in the store"
+            bad = set()
+            for id in image.recipe.chunks:
+                trio.from_thread.check_cancelled()
+                try:
+                    self.store.read(id)
+                except Damaged:
+                    bad.add(id)
+            return contents.enumerated(_named(image.recipe, bad))
+
+        return await durable.run(f"cannot verify {app}/v{version}", work)
 
     async def files(self, app: str, name: str) -> list[model.ImageFile]:
         """Return the files of a version or import, by name; its manifest is one of them."""
-        return await durable.run(
-            f"cannot list {app}/{name}",
-            lambda: [
+        return await durable.run(f"cannot list {app}/{name}", partial(self._files, app, name))
+
+    def _files(self, app: str, name: str) -> list[model.ImageFile]:
+        if self._is_import(app, name):
+            return [
                 model.ImageFile(name=found.name, size=found.size, stored_bytes=found.stored)
-                for found in contents.scan(self._places.either(app, name), f"{app}/{name}")
-            ],
-        )
+                for found in contents.scan(self.places.imported(app, name), f"{app}/{name}")
+            ]
+        image = self._open(app, int(name[1:]))
+        stored = self._stored_by_file(image)
+        text = encode(_with_sums(image.manifest, dict.fromkeys(image.recipe.files, NO_SUM)))
+        sizes = {name: image.recipe.size(name) for name in image.recipe.files}
+        return [
+            model.ImageFile(name=name, size=size, stored_bytes=stored.get(name, size))
+            for name, size in sorted({**sizes, MANIFEST: len(text)}.items())
+        ]
+
+    def _stored_by_file(self, image: Opened) -> dict[str, int]:
+        """Return what the bytes of each file take, each chunk shared out among those who use it."""
+        try:
+            stored = self.store.stored(image.recipe.chunks)
+        except Damaged:
+            return {}
+        share = stored / np.maximum(image.recipe.used_bytes(), 1)
+        return {name: int(image.recipe.weighed(name, share)) for name in image.recipe.files}
 
     async def read(self, app: str, name: str, file: str, offset: int, size: int) -> bytes:
         """Return up to `size` bytes of a file at `offset`, fewer only at its end (or MAX_DATA)."""
         if offset < 0 or size < 0:
             raise BadWords(f"cannot read {app}/{name}/{file}: the offset or size is negative")
+        size = min(size, wire.MAX_DATA)
 
         def work() -> bytes:
-            path = os.path.join(self._places.either(app, name), file_name(file))
-            with durable.opened(path, os.O_RDONLY) as fd:
-                return os.pread(fd, min(size, wire.MAX_DATA), offset)
+            if self._is_import(app, name):
+                return self.imports.read_file(app, name, file, offset, size)
+            image = self._open(app, int(name[1:]))
+            if file == MANIFEST:
+                return self._manifest_text(image)[offset : offset + size]
+            if file not in image.recipe.files:
+                raise FileNotFoundError(2, "No such file")
+            image.source.ahead(file, offset, size + READ_AHEAD_BYTES)
+            data = bytearray(size)
+            return bytes(memoryview(data)[: image.source.read_into(file, offset, memoryview(data))])
 
         return await durable.run(f"cannot read {app}/{name}/{file}", work)
 
-    async def verify(self, app: str, version: int) -> str:
-        """Read a whole version and return what is damaged, file by file; '' when nothing is."""
-        path, ref = self._places.version(app, version), f"{app}/v{version}"
+    def _manifest_text(self, image: Opened) -> bytes:
+        """Return the manifest as a copy of the image has it: with the hash of every file, which are
+        made once and kept beside it."""
+        manifest = image.manifest
+        place = f"sums/{self.key(manifest.app, manifest.version)}"
+        try:
+            found = msgspec.json.decode(self.backend.read(place), type=tuple[str, dict[str, str]])
+        except (FileNotFoundError, msgspec.MsgspecError):
+            found = ("", {})
+        if found[0] != manifest.digest:
+            found = (manifest.digest, {name: _sum(image, name) for name in image.recipe.files})
+            self.backend.put(place, msgspec.json.encode(found), replace=True)
+        return encode(_with_sums(manifest, found[1]))
 
-        def work() -> str:
-            if not os.path.isdir(path):
-                return f"its directory {path} is missing"
-            try:
-                manifest = contents.read_manifest(path, ref)
-                wrong = [] if manifest.ref == ref else [f"its manifest is that of {manifest.ref}"]
-                wrong += contents.damage(path, manifest, ref)
-            except KrgError as exc:
-                return exc.message
-            return contents.enumerated(wrong)
+    def _is_import(self, app: str, name: str) -> bool:
+        return name.endswith(".part") or os.path.isdir(self.places.imported(app, name))
 
-        return await durable.run(f"cannot verify {ref}", work, self._bulk)
+    # -- removing
 
     async def remove(self, app: str, version: int) -> None:
-        """Delete a version, whose record is gone already. No part of it is seen half removed: it is
-        renamed first, and what an interruption leaves is for `recover`. Removing what is not there
-        is no error."""
-        path = self._places.version(app, version)
-        if self._holds[path]:
-            self._doomed.add(path)
-            return
-        await durable.run(f"cannot remove {app}/v{version}", lambda: durable.discard(path))
-
-    async def remove_app(self, app: str) -> None:
-        """Forget the directory of an app in which nothing is left; else leave it."""
-        path = self._places.app(app)
+        """Remove a version, whose record is gone already; its chunks are for a sweep, so whoever
+        reads it now reads on. Removing what is not there is no error."""
+        key = self.key(app, version)
 
         def work() -> None:
-            try:
-                os.rmdir(path)
-            except OSError as exc:
-                if exc.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                    raise
+            self._known.pop(key, None)
+            self.backend.delete(f"manifests/{key}")
+            self.backend.delete(f"sums/{key}")
+
+        await durable.run(f"cannot remove {app}/v{version}", work)
+
+    async def remove_app(self, app: str) -> None:
+        """Forget what is kept of an app that has no images any more."""
+
+        def work() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.places.table(app))
+            with contextlib.suppress(OSError):
+                os.rmdir(self.places.app_imports(app))
 
         await durable.run(f"cannot remove {app}", work)
 
     async def usage(self) -> model.Store:
-        """Return the room on the filesystem of the images."""
+        """Return the room in the back end."""
+        return await durable.run("cannot look at the image store", self.backend.room)
 
-        def work() -> model.Store:
-            room = os.statvfs(self.root)
-            return model.Store(
-                total=room.f_blocks * room.f_frsize,
-                free=room.f_bfree * room.f_frsize,
-                available=room.f_bavail * room.f_frsize,
-                files=room.f_files,
-                files_free=room.f_ffree,
-            )
-
-        return await durable.run(f"cannot look at {self.root}", work)
+    # -- after a crash
 
     async def recover(
         self,
@@ -207,113 +359,211 @@ class Images:
 
         `known` are the versions and `imports` the imports that have records, `unfinished` the
         versions that the journal names as being published or removed, `running` the jobs whose
-        CRIU is still at work: their spools stay. All other spools, trash, imports without a record
-        and unfinished versions without one are deleted. An import that was to become the version
-        of its name, and has its record still, is an import again.
+        CRIU is still at work: their spools stay. All other spools, imports without a record, and
+        versions without one that are unfinished or were to come from an import are deleted.
         """
-        spools = {f".spool-{job}" for job in running}
+        partial_ = {*unfinished, *((app, int(name[1:].split(".")[0])) for app, name in imports)}
         return await durable.run(
-            f"cannot tidy up {self.root}",
-            lambda: _recover(self.root, set(known), set(imports), set(unfinished), spools),
+            "cannot tidy up the image store",
+            lambda: Recovered(
+                [
+                    *self._drop_spools({str(job) for job in running}),
+                    *self.imports.drop_all_but(set(imports)),
+                    *self._drop_versions(partial_ - {*known}),
+                ],
+                self._set_aside({*known} | partial_),
+                sorted({*known} - self._published()),
+            ),
         )
+
+    def _drop_spools(self, kept: set[str]) -> Iterator[str]:
+        for name in sorted(os.listdir(self.places.spools)):
+            path = os.path.join(self.places.spools, name)
+            if name.removesuffix(".work") not in kept and durable.delete(path):
+                yield f"spool/{name}"
+
+    def _drop_versions(self, wanted: set[tuple[str, int]]) -> Iterator[str]:
+        for app, version in sorted(wanted & self._published()):
+            self.backend.delete(f"manifests/{self.key(app, version)}")
+            yield f"{app}/v{version}"
+
+    def _published(self) -> set[tuple[str, int]]:
+        found = set()
+        for entry in self.backend.list(f"manifests/{self._owner}/"):
+            app, _, name = entry.name.split("/", 2)[2].partition("/")
+            if name[1:].isdecimal():
+                found.add((app, int(name[1:])))
+        return found
+
+    def _set_aside(self, known: set[tuple[str, int]]) -> list[str]:
+        """Rename what has no record, so that its number can be used and its chunks stay."""
+        aside = []
+        for app, version in sorted(self._published() - known):
+            key = f"manifests/{self.key(app, version)}"
+            target = f"{key}~unlisted.{int(time.time())}"
+            self.backend.put(target, self.backend.read(key), replace=True)
+            self.backend.delete(key)
+            aside.append(target)
+        return aside
 
 
 class Spool:
-    """The directory of one dump, until it is published."""
+    """An image on its way into the store. `path` has its small files, `intake` takes the rest."""
 
-    def __init__(self, places: Places, bulk: trio.CapacityLimiter, app: str, path: str) -> None:
+    def __init__(
+        self, images: Images, app: str, path: str, session: Session, intake: Intake
+    ) -> None:
         self.path = path
-        self._places = places
-        self._bulk = bulk
+        self.intake = intake
+        self._images = images
         self._app = app
-        self._sealed: Manifest | None = None
+        self._session = session
+        self._sealed: tuple[Manifest, Recipe, pages.Table] | None = None
 
-    async def seal(
-        self, manifest: Manifest, *, description: str = "", user_info: str = ""
-    ) -> Manifest:
-        """Make the dump whole and durable, and return its manifest with files, sizes and digest.
+    async def load(self, ref: str) -> None:
+        """Take in the large files that lie in the directory themselves."""
+        large = [
+            file.name for file in contents.scan(self.path, ref) if criu_images.is_large(file.name)
+        ]
 
-        The two texts come to lie beside CRIU's files. Everything belongs to the manifest's uid and
-        gid now. Cancelled, it stops within a tenth of a second.
-        """
+        def work() -> None:
+            for name in large:
+                self.intake.load(os.path.join(self.path, name), name)
 
-        def write() -> None:
-            for name, text in (("description", description), ("user_info.txt", user_info)):
-                durable.write(os.path.join(self.path, name), text.encode(errors="surrogateescape"))
+        await durable.run(f"cannot store {ref}", work)
 
-        await durable.run(f"cannot store {manifest.ref}", write)
-        self._sealed = await contents.seal(
-            self.path, manifest, manifest.ref, self._bulk, whole=False
-        )
-        return self._sealed
-
-    async def publish(self, version: int) -> Manifest:
-        """Make the sealed dump version `version` of its app, durably, and return its manifest.
-
-        Where another version was in the manifest, that is made right first. Not cancelled
-        half-way; after an error the spool is as it was. Exists when there is such a version.
-        """
-        if self._sealed is None:
-            raise RuntimeError("a spool is sealed before it is published")
-        manifest = msgspec.structs.replace(self._sealed, version=version)
+    async def seal(self, manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> Manifest:
+        """Make all that was taken in durable, with small `texts` beside it, and return the manifest
+        with files and sizes. Cancelled, it stops soon."""
         ref = manifest.ref
-        target = self._places.version(self._app, version)
 
         def work() -> Manifest:
-            if os.path.lexists(target):
-                raise Exists(f"cannot publish {ref}: it exists already")
-            data = encode(manifest)
-            if manifest != self._sealed:
-                durable.write(os.path.join(self.path, MANIFEST), data)
-                durable.sync(os.path.join(self.path, MANIFEST))
-            durable.publish(self.path, target)
-            return decode(data, ref)
+            small = _small_files(self.path, ref)
+            for name, text in (texts or {}).items():
+                small[name] = text.encode(errors="surrogateescape")
+            addresses = criu_images.Addresses(self.path)
+            stored = self.intake.finish(small, addresses.pages_of, trio.from_thread.check_cancelled)
+            self._session.flush()
+            taken = int(self._images.store.stored(stored.recipe.chunks).sum())
+            sized = replace(
+                manifest,
+                logical_bytes=stored.logical_bytes,
+                stored_bytes=taken,
+                new_bytes=self._session.new_bytes,
+            )
+            self._sealed = (sized, stored.recipe, stored.table)
+            return versions.encode(sized, stored.recipe)[1]
 
-        self._sealed = await durable.run(f"cannot publish {ref}", work)
-        return self._sealed
+        return await durable.run(f"cannot store {ref}", work)
 
+    async def publish(self, version: int) -> Manifest:
+        """Make it version `version` of its app, durably, and return its manifest. Exists when there
+        is such a version."""
+        if self._sealed is None:
+            raise RuntimeError("a spool is sealed before it is published")
+        manifest, recipe, table = self._sealed
+        images, app = self._images, self._app
 
-def _recover(
-    root: str,
-    known: set[tuple[str, int]],
-    imports: set[tuple[str, str]],
-    unfinished: set[tuple[str, int]],
-    spools: set[str],
-) -> Recovered:
-    removed, unlisted, there = [], [], set()
-    for app, name in imports:
-        number = name.removesuffix(".part")
-        published = os.path.join(root, app, number)
-        copied = os.path.join(root, app, f".import-{name}")
-        if (app, int(number[1:])) not in known and not os.path.lexists(copied):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(published, copied)
-    for app in sorted(os.listdir(root)):
-        folder = os.path.join(root, app)
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            path, ref = os.path.join(folder, name), f"{app}/{name}"
-            version = int(name[1:]) if verbs.VERSION.match(name) else 0
-            if name.startswith(".import-"):
-                partial = (app, name.removeprefix(".import-")) not in imports
-            else:
-                spool = name.removesuffix(".work")
-                partial = name.startswith((".spool-", ".trash-")) and spool not in spools
-            if (app, version) in known:
-                there.add((app, version))
-            elif partial or (app, version) in unfinished:
-                if durable.delete(path):
-                    removed.append(ref)
-            elif version:
-                unlisted.append(f"{app}/{_set_aside(folder, name)}")
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
-    return Recovered(removed, unlisted, sorted(known - there))
+        def work() -> Manifest:
+            data, published = versions.encode(replace(manifest, version=version), recipe)
+            try:
+                self._session.publish(images.key(app, version), data)
+            except FileExistsError as exc:
+                raise Exists(f"cannot publish {app}/v{version}: it exists already") from exc
+            with contextlib.suppress(OSError):  # only a short cut for the next one
+                table.save(images.places.table(app))
+            return published
+
+        return await durable.run(f"cannot publish {app}/v{version}", work)
 
 
-def _set_aside(folder: str, name: str) -> str:
-    aside, count = f".unlisted-{name}", 1
-    while os.path.lexists(os.path.join(folder, aside)):
-        count += 1
-        aside = f".unlisted-{name}~{count}"
-    os.rename(os.path.join(folder, name), os.path.join(folder, aside))
-    return aside
+class _Buffers:
+    """Memory for dumps: bounded for all of them together, and kept warm for a while."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limit = limits.memory_bytes
+        self._lent = 0
+        self._spare: Buffers | None = None
+        self._used = time.monotonic()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lent(self, expected_bytes: int) -> Iterator[Buffers]:
+        """Lend touched buffers for so many bytes, fewer where the limit does not let as many."""
+        most = self._limit or psutil.virtual_memory().available // 4
+        with self._lock:
+            left = max(0, most - self._lent) // BUFFER_BYTES
+            wanted = expected_bytes // BUFFER_BYTES + SPARE_BUFFERS
+            count = max(LEAST_BUFFERS, min(wanted, left))
+            buffers, self._spare = self._spare, None
+            self._lent += count * BUFFER_BYTES
+        try:
+            if buffers is None or not count <= buffers.count <= 2 * count:
+                buffers = Buffers(count)
+                buffers.touch()
+            yield buffers
+        finally:
+            with self._lock:
+                self._lent -= count * BUFFER_BYTES
+                self._spare, self._used = buffers, time.monotonic()
+
+    def trim(self, idle_s: float) -> None:
+        with self._lock:
+            if time.monotonic() - self._used >= idle_s:
+                self._spare = None
+
+
+def _small_files(path: str, ref: str) -> dict[str, bytes]:
+    found = {}
+    for file in contents.scan(path, ref):
+        if file.name != MANIFEST and not criu_images.is_large(file.name):
+            target = os.path.join(path, file.name)
+            with (
+                durable.opened(target, os.O_RDONLY) as fd,
+                open(fd, "rb", closefd=False) as opened,
+            ):
+                found[file.name] = opened.read()
+    return found
+
+
+def _named(recipe: Recipe, bad: Collection[bytes]) -> list[str]:
+    """Say which files have chunks that are damaged."""
+    numbers = {number for number, id in enumerate(recipe.chunks) if id in bad}
+    wrong = []
+    for name in sorted(recipe.files):
+        if hit := numbers.intersection(recipe.chunks_of(name)):
+            some = recipe.chunks[min(hit)].hex()[:16]
+            wrong.append(f"{name} is damaged ({len(hit)} chunks, among them {some})")
+    return wrong
+
+
+def _whole(image: Opened, name: str) -> bytes:
+    data = bytearray(image.recipe.size(name))
+    image.source.read_into(name, 0, memoryview(data))
+    return bytes(data)
+
+
+def _sum(image: Opened, name: str) -> str:
+    hasher, buffer, at = blake3(max_threads=blake3.AUTO), memoryview(bytearray(BUFFER_BYTES)), 0
+    image.source.ahead(name, 0, READ_AHEAD_BYTES)
+    while count := image.source.read_into(name, at, buffer):
+        at += count
+        image.source.ahead(name, at, READ_AHEAD_BYTES)
+        hasher.update(buffer[:count])
+    return hasher.hexdigest()
+
+
+def _with_sums(manifest: Manifest, sums: Mapping[str, str]) -> Manifest:
+    files = {name: FileSum(file.size, sums[name]) for name, file in manifest.files.items()}
+    return replace(manifest, files=files, recipe="")
+
+
+def _seed(path: str) -> int:
+    """Return the secret of this node that pages are hashed with."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(8)
+    except FileNotFoundError:
+        data = secrets.token_bytes(8)
+        durable.write(path, data)
+    return int.from_bytes(data.ljust(8, b"\0"), "little")

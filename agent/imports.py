@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -39,11 +39,12 @@ class Imports:
         path = self._places.imported(app, name)
 
         def work() -> None:
-            if os.path.lexists(self._places.either(app, name)):
+            if os.path.lexists(path):
                 raise Exists(f"cannot make {app}/{name}: it exists; remove it, or take another")
-            self._places.make_app(app)
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             os.mkdir(path, 0o700)
             durable.own(path, uid, gid, 0o700)
+            durable.sync(os.path.dirname(path))
 
         await durable.run(f"cannot make {app}/{name}", work)
 
@@ -109,36 +110,48 @@ class Imports:
 
             return await durable.run(f"cannot look at {ref}", work, self._bulk)
 
-    async def finish(
+    @asynccontextmanager
+    async def examined(
         self, app: str, name: str, version: int, manifest: Manifest | None = None
-    ) -> Manifest:
-        """Make a version of an import, durably, and return its manifest.
+    ) -> AsyncIterator[tuple[str, Manifest]]:
+        """Yield the directory of an import that is whole, and the manifest of what it becomes.
 
         `manifest` is what `whole` said. Without it the import is looked at here: if it has a
         manifest it must be what that says; else it must be a directory that CRIU wrote, and gets a
         manifest of what can be read from it. App, version and owner become those of this place.
-        Damaged says what is missing or wrong, and the import stays as it is. The caller commits the
-        record, or removes the version.
+        Damaged says what is missing or wrong, and the import stays as it is.
         """
         async with self._importing(app, name) as path:
-            ref, target = f"{app}/{name}", self._places.version(app, version)
+            ref = f"{app}/{name}"
 
-            def examine() -> tuple[Manifest, bool]:
-                if os.path.lexists(target):
-                    raise Exists(f"cannot import {ref}: {app}/v{version} exists; take another")
+            def examine() -> Manifest:
                 owner = os.stat(path)
-                whole = os.path.lexists(os.path.join(path, MANIFEST))
-                if whole:
+                if os.path.lexists(os.path.join(path, MANIFEST)):
                     found = manifest or contents.read_manifest(path, ref)
-                    contents.refuse(ref, contents.differences(path, found, ref))
+                    wrong = [] if manifest else contents.damage(path, found, ref)
+                    contents.refuse(ref, wrong)
                 else:
                     found = _plain_manifest(path, ref)
-                return _moved(found, app, version, owner.st_uid, owner.st_gid), whole
+                return _moved(found, app, version, owner.st_uid, owner.st_gid)
 
-            found, whole = await durable.run(f"cannot import {ref}", examine)
-            found = await contents.seal(path, found, ref, self._bulk, whole=whole)
-            await durable.run(f"cannot import {ref}", lambda: durable.publish(path, target))
-            return found
+            yield path, await durable.run(f"cannot import {ref}", examine, self._bulk)
+
+    def read_file(self, app: str, name: str, file: str, offset: int, size: int) -> bytes:
+        """Return bytes of a file of an import. Blocks."""
+        path = os.path.join(self._places.imported(app, name), file_name(file))
+        with durable.opened(path, os.O_RDONLY) as fd:
+            return os.pread(fd, size, offset)
+
+    def drop_all_but(self, known: Collection[tuple[str, str]]) -> Iterator[str]:
+        """Delete imports that have no record; yields them. Blocks."""
+        root = self._places.imports
+        for app in sorted(os.listdir(root)):
+            for name in sorted(os.listdir(os.path.join(root, app))):
+                path = os.path.join(root, app, name)
+                if (app, name) not in known and durable.delete(path):
+                    yield f"{app}/{name}"
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(root, app))
 
     # -- inside
 

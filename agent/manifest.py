@@ -47,18 +47,22 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileSum(msgspec.Struct, frozen=True):
-    """What a file of an image must be."""
+    """What a file of an image must be. In the store the hash is left out: the recipe tells what a
+    file is made of. The manifest of a copy has it."""
 
     size: int
-    blake3: str
+    blake3: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of one image. Times are seconds since the epoch, sizes bytes.
+    """All that is known of one image. Times are seconds since the epoch, sizes bytes:
+    `stored_bytes` all that its chunks take, `new_bytes` what was stored for it and not shared.
 
-    `files` names every file but the manifest itself. `digest` covers everything else in here, and
-    by it every byte of the image. `copied_from` is set where an import was taken under another
-    name than it had been made with. Text from the kernel that is no UTF-8 has surrogates in it.
+    `files` names every file but the manifest itself. `network` is the dump of CRIU's that keeps its
+    TCP connections, if it has any; `recipe` the hash of the recipe, in the store. `digest` covers
+    everything else in here, and by it every byte of the image. `copied_from` is set where an import
+    was taken under another name than it had been made with. Text from the kernel that is no UTF-8
+    has surrogates in it.
     """
 
     format: int = FORMAT
@@ -86,7 +90,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     timings: dict[str, float] = {}
     logical_bytes: int = 0
     stored_bytes: int = 0
+    new_bytes: int = 0
+    network: str = ""
     files: dict[str, FileSum] = {}
+    recipe: str = ""
     digest: str = ""
 
     @property

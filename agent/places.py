@@ -1,54 +1,52 @@
-"""Where versions and imports lie below the root of the image store.
+"""Where things of the image store lie on this node, below the state directory.
 
-ROOT/APP/vN is a version; what begins with a dot beside it (spools, imports, trash) is nobody's to
-see. Every method raises BadWords for a name that cannot be, so that no path leads elsewhere.
+spool/JOB has the small files of a dump under way, imports/APP/vN what is being copied in, pages/APP
+which pages the last version of an app had. Every method raises BadWords for a name that cannot be,
+so that no path leads elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 
 from krgfs import verbs
 from krgfs.errors import BadWords
 
-from . import durable
-
 _IMPORT = re.compile(r"v[1-9][0-9]{0,9}(\.part)?\Z")
 
 
 class Places:
-    """Paths below one root; only `make_app` and `either` look at the disk."""
+    """Paths below one directory."""
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.spools = os.path.join(root, "spool")
+        self.imports = os.path.join(root, "imports")
+        self.tables = os.path.join(root, "pages")
 
-    def app(self, app: str) -> str:
-        try:
-            return os.path.join(self.root, verbs.app_name(app))
-        except ValueError as exc:
-            raise BadWords(str(exc)) from exc
+    def spool(self, job: int) -> str:
+        return os.path.join(self.spools, str(job))
 
-    def version(self, app: str, version: int) -> str:
-        return os.path.join(self.app(app), f"v{version}")
-
-    def spool(self, app: str, job: int) -> str:
-        return os.path.join(self.app(app), f".spool-{job}")
+    def app_imports(self, app: str) -> str:
+        return os.path.join(self.imports, _app(app))
 
     def imported(self, app: str, name: str) -> str:
-        if not _IMPORT.match(name):
-            raise BadWords(f"{name!r} cannot be a version: write vN, or vN.part to import")
-        return os.path.join(self.app(app), f".import-{name}")
+        return os.path.join(self.app_imports(app), import_name(name))
 
-    def either(self, app: str, name: str) -> str:
-        """Return the directory of a version, or where an import of this name is or would be."""
-        copied = self.imported(app, name)
-        published = os.path.join(self.app(app), name)
-        return published if os.path.isdir(published) else copied
+    def table(self, app: str) -> str:
+        return os.path.join(self.tables, _app(app))
 
-    def make_app(self, app: str) -> None:
-        """Make the directory of an app, durably, if it is not there."""
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.app(app), 0o700)
-            durable.sync(self.root)
+
+def import_name(name: str) -> str:
+    """Return a name that an import can have."""
+    if not _IMPORT.match(name):
+        raise BadWords(f"{name!r} cannot be a version: write vN, or vN.part to import")
+    return name
+
+
+def _app(app: str) -> str:
+    try:
+        return verbs.app_name(app)
+    except ValueError as exc:
+        raise BadWords(str(exc)) from exc

@@ -395,3 +395,14 @@ def _add_children(found: dict[int, str], others: Mapping[int, Task]) -> None:
 
 def _is_placeholder(pid: int) -> bool:
     return f"{PLACEHOLDER}=" in texts.read(f"/proc/{pid}/environ")
+
+
+def own_bytes(tree: ProcessTree) -> int:
+    """Return how much memory a dump of the tree has, about: what does not lie in files."""
+    return sum(_own_bytes(task.pid) for task in tree.tasks)
+
+
+def _own_bytes(pid: int) -> int:
+    found = facts.status(pid)
+    parts = (b"RssAnon", b"RssShmem", b"VmSwap")
+    return sum(int(found.get(part, b"0 kB").split()[0]) for part in parts) * 1024

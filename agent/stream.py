@@ -71,6 +71,15 @@ class Capture:
         """How much has come so far."""
         return self._drain.drained_bytes
 
+    def stop(self) -> None:
+        """Take nothing any more: CRIU fails at its next write, and lets the tree go in order."""
+        self._drain.line.stop()
+        self._drain.buffers.look_again()
+
+    def check(self) -> None:
+        """Raise what the sink or the stream has failed with, if they have; see `whole`."""
+        self._drain.line.check()
+
     async def whole(self, code: int) -> dict[str, int]:
         """Return the names and sizes in bytes of all that CRIU dumped; the sink has it all by then.
 
@@ -128,7 +137,7 @@ class _Drain:
         self.sizes: dict[str, int] = {}
         self.drained_bytes = 0
         self.thread = Thread("capture", self._run)
-        self._buffers = buffers
+        self.buffers = buffers
         self._sink = sink
         self._open: dict[int, _Incoming] = {}
         self._is_asked = False
@@ -150,7 +159,7 @@ class _Drain:
             for fd, file in self._open.items():
                 os.close(fd)
                 if file.index is not None:
-                    self._buffers.give_back(file.index)
+                    self.buffers.give_back(file.index)
 
     def _drain(self) -> None:
         with select.epoll() as poll:
@@ -193,7 +202,7 @@ class _Drain:
             file.index = self._lend()
         if file.index is None:
             return
-        buffer = self._buffers[file.index]
+        buffer = self.buffers[file.index]
         count = os.readv(fd, [buffer[file.used :]])
         file.used += count
         self.drained_bytes += count
@@ -202,26 +211,26 @@ class _Drain:
 
     def _lend(self) -> int | None:
         """Where no buffer is free, hand over the half full ones: all may be in our own hands."""
-        found = self._buffers.lend()
+        found = self.buffers.lend()
         if found is None:
             for file in self._open.values():
                 self._hand_over(file)
-            found = self._buffers.lend(unless=lambda: self.line.is_stopped)
+            found = self.buffers.lend(unless=lambda: self.line.is_stopped)
         return found
 
     def _end(self, file: _Incoming) -> None:
         self.sizes[file.name] = file.size
         if file.index is not None and file.used <= SMALL_BYTES:
-            copy = bytes(self._buffers[file.index][: file.used])
-            self._buffers.give_back(file.index)
+            copy = bytes(self.buffers[file.index][: file.used])
+            self.buffers.give_back(file.index)
             file.index = None
             self._sink(Piece(file.name, file.offset, copy))
         self._hand_over(file)
 
     def _hand_over(self, file: _Incoming) -> None:
         if file.index is not None and file.used:
-            data = self._buffers[file.index][: file.used]
-            self._sink(Piece(file.name, file.offset, data, self._buffers, file.index))
+            data = self.buffers[file.index][: file.used]
+            self._sink(Piece(file.name, file.offset, data, self.buffers, file.index))
             file.index, file.offset, file.used = None, file.size, 0
 
 

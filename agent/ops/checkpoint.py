@@ -13,6 +13,7 @@ import signal as signals
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 from msgspec.structs import replace
@@ -41,10 +42,16 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
         app = names.app_for(parts.state, tree, words.name)
         _refuse_orphans(tree, words)
         ends = await trio.to_thread.run_sync(outside.ends, tree)
-        async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
+        partial = SpoolOpened(parts.images.places.spool(job.id))
+        async with (
+            parts.engines,
+            parts.journal.intent(job.id, job.job.verb, job.holds) as intent,
+            intent.noted(partial),
+            parts.images.spool(app.name, job.id, procs.own_bytes(tree)) as spool,
+        ):
             tree = procs.look(tree.id.pid, tree.id.start)
             async with _held(parts, job, tree, words.then, known) as frozen:
-                image = await _make_image(parts, job, tree, words, app, ends, frozen, intent)
+                image = await _make_image(parts, job, tree, words, app, ends, frozen, intent, spool)
                 await afterwards(parts, job, tree, words.then, frozen)
     except BaseException as exc:
         job.note(fate=procs.fate(tree))
@@ -94,21 +101,20 @@ async def _make_image(
     ends: list[outside.End],
     frozen: Frozen | None,
     intent: OpenIntent,
+    spool: Spool,
 ) -> Image:
     kept: list[Image] = []
-    partial = SpoolOpened(os.path.join(parts.images.root, app.name, f".spool-{job.id}"))
-    async with intent.noted(partial), parts.images.spool(job.id, app.name) as spool:
 
-        async def keep(report: criu.DumpReport) -> None:
-            kept.append(await _keep(parts, job, tree, words, app, ends, spool, report, intent))
+    async def keep(report: criu.DumpReport) -> None:
+        kept.append(await _keep(parts, job, tree, words, app, ends, spool, report, intent))
 
-        options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
-        async with parts.mounts.release(tree.pids):
-            if criu.is_ended_by(options):
-                await _dump(parts, job, tree, options, spool, intent, keep)
-                return kept[0]
-            report = await _dump(parts, job, tree, options, spool, intent)
-        await keep(report)
+    options = criu.dump_options(parts.engine, tree, spool.path, words, ends, frozen)
+    async with parts.mounts.release(tree.pids):
+        if criu.is_ended_by(options):
+            await _dump(parts, job, tree, options, spool, keep)
+            return kept[0]
+        report = await _dump(parts, job, tree, options, spool)
+    await keep(report)
     return kept[0]
 
 
@@ -118,7 +124,6 @@ async def _dump(
     tree: ProcessTree,
     options: Sequence[Option],
     spool: Spool,
-    intent: OpenIntent,
     commit: criu.Commit | None = None,
 ) -> criu.DumpReport:
     async def started(pid: int, start: int) -> None:
@@ -127,7 +132,7 @@ async def _dump(
     job.phase(Phase.DUMPING, bytes_total=tree.rss_bytes)
     try:
         return await criu.dump(
-            parts.engine, tree, spool.path, options, started, job.progress, commit
+            parts.engine, tree, spool.path, spool.intake, options, started, job.progress, commit
         )
     finally:
         with trio.CancelScope(shield=True):
@@ -149,11 +154,9 @@ async def _keep(
     version = parts.state.apps.get(app.name, app).next_version
     manifest = _manifest(parts, tree, words, app, version, ends, report, spool)
     job.phase(Phase.STORING, freeze_ms=report.frozen_ms, downtime_ms=report.frozen_ms)
-    await spool.seal(
-        manifest,
-        description=_description(manifest),
-        user_info=facts.files_text(facts.open_files(tree.tasks)).decode(),
-    )
+    user_info = facts.files_text(facts.open_files(tree.tasks)).decode()
+    texts = {"description": _description(manifest), "user_info.txt": user_info}
+    await spool.seal(manifest, texts=texts)
     # ---- commit: the record makes the image; before it everything is undone
     with trio.CancelScope(shield=True):
         async with intent.noted(VersionPending(app.name, version)):
@@ -258,12 +261,18 @@ def _manifest(
         arch=uname.machine,
         boot=facts.BOOT_ID,
         cwd=os.fsdecode(facts.link(tree.pid, "cwd")),
+        network=_network(spool),
         ends=tuple(
             End(kind=end.kind, id=end.id, pid=end.pid, fd=end.fd, mode=end.mode) for end in ends
         ),
         freeze_ms=report.frozen_ms,
         timings=report.timings,
     )
+
+
+def _network(spool: Spool) -> str:
+    dumped = criu_images.dumped(Path(spool.path))
+    return dumped.run_id if dumped.kept_tcp else ""
 
 
 def _inner(tree: ProcessTree, pid: int) -> int:

@@ -6,8 +6,12 @@ exit status. At most one incarnation of an app lives.
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import trio
 from msgspec.structs import replace
@@ -17,7 +21,8 @@ from krgfs.errors import Damaged, Exists, Gone
 from krgfs.model import App, Image, Phase, ProcessId, Tree
 from krgfs.verbs import Restart
 
-from .. import criu, keepers, names, procs
+from .. import criu, durable, keepers, names, procs, stream
+from ..images import Opened
 from ..jobs import Running
 from ..journal import KeeperStarted
 from ..keepers import Launched, Plan
@@ -30,12 +35,12 @@ ZOMBIE_S = 10.0
 async def restart(parts: Parts, job: Running, app: App, image: Image, words: Restart) -> str:
     """Bring an image back to life; returns `pid N`. A failure leaves no task of it."""
     _refuse_second_life(app)
-    async with parts.images.held(image.app, image.version) as path:
-        job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
-        manifest = await _whole(parts, image)
+    job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
+    opened = await _whole(parts, image)
+    manifest, directory = opened.manifest, keepers.directory(parts.run_dir, job.id)
+    async with _unpacked(parts, opened, job.id) as path:
         private = await _private(manifest, path, words)
         async with parts.engines, parts.journal.intent(job.id, job.job.verb, job.holds) as intent:
-            directory = keepers.directory(parts.run_dir, job.id)
             plan = await trio.to_thread.run_sync(
                 criu.restore_plan,
                 parts.engine,
@@ -45,16 +50,33 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
                 job.caller,
                 private,
                 directory,
+                opened.sizes,
             )
             async with intent.noted(KeeperStarted(directory)):
-                launched = await _launched(parts, job, directory, plan)
+                async with stream.serve(Path(path), opened.source) as served:
+                    launched = await _launched(parts, job, directory, plan, served)
                 # ---- commit: the tree runs; from here it is the app's incarnation
                 with trio.CancelScope(shield=True):
                     line = await _commit(parts, job, app, image, launched, directory)
     return line
 
 
-async def _launched(parts: Parts, job: Running, directory: str, plan: Plan) -> Launched:
+@asynccontextmanager
+async def _unpacked(parts: Parts, opened: Opened, job: int) -> AsyncIterator[str]:
+    """Yield a directory with the small files of an image, where CRIU asks for all of them."""
+    path = parts.images.places.spool(job)
+    os.mkdir(path, 0o700)
+    try:
+        await parts.images.unpacked(opened, path)
+        yield path
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(durable.delete, path)
+
+
+async def _launched(
+    parts: Parts, job: Running, directory: str, plan: Plan, served: stream.Served
+) -> Launched:
     """Start the tree and keep what CRIU said; nothing of a launch that failed stays."""
     try:
         launched = await keepers.launch(parts.keeper, directory, plan)
@@ -62,6 +84,7 @@ async def _launched(parts: Parts, job: Running, directory: str, plan: Plan) -> L
         with trio.CancelScope(shield=True):
             job.said = await criu.kept_words(directory, parts.job_log(job.id))
             await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+        served.check()
         raise
     with trio.CancelScope(shield=True):
         job.said = await criu.kept_words(directory, parts.job_log(job.id))
@@ -87,14 +110,16 @@ def _refuse_second_life(app: App) -> None:
         )
 
 
-async def _whole(parts: Parts, image: Image) -> Manifest:
-    """Return the manifest of an image, every byte of which is as it was committed, or Damaged."""
-    wrong = await parts.images.verify(image.app, image.version)
-    if not wrong:
-        manifest = await parts.images.manifest(image.app, image.version)
-        if manifest.digest == image.digest:
-            return manifest
-        wrong = "its manifest is not the one that was committed"
+async def _whole(parts: Parts, image: Image) -> Opened:
+    """Return an image, every byte of which is as it was committed, or raise Damaged."""
+    try:
+        opened = await parts.images.opened(image.app, image.version)
+        wrong = await parts.images.check(opened)
+        if not wrong and opened.manifest.digest == image.digest:
+            return opened
+        wrong = wrong or "its manifest is not the one that was committed"
+    except Damaged as exc:
+        wrong = exc.message
     parts.state.show(replace(image, damaged=wrong))
     raise Damaged(f"{image.ref} is damaged: {wrong}; take another version")
 
