@@ -28,6 +28,7 @@ import trio
 
 from agent.criu import Engine
 from krgfs.cli_show import version_of
+from krgfs.errors import KrgError
 from tests.bench import loads, peers, plot
 from tests.bench.loads import KINDS, Kind, Load
 from tests.bench.peers import Bare, Restored
@@ -66,6 +67,10 @@ class Store(Site):
         super().__init__()
         self._options = options
 
+    def __enter__(self) -> Store:
+        super().__enter__()
+        return self
+
     def start_agent(self, *options: str) -> None:
         super().start_agent(*self._options, *options)
 
@@ -102,10 +107,10 @@ class Store(Site):
 
     def restart(self, load: Load, image: str, *words: str) -> Restored:
         load.forget_gap()
-        begin_s = time.monotonic()
+        begin_s, begin = time.time(), time.perf_counter()
         self._order(self.mnt / "restart", " ".join((image, "pid=keep", *words)))
-        taken_s = time.monotonic() - begin_s
-        return Restored((load.gap().end_s - begin_s) * 1000, taken_s * 1000)
+        taken = (time.perf_counter() - begin) * 1000
+        return Restored((load.gap().end_s - begin_s) * 1000, taken)
 
     def stored_bytes(self) -> int:
         """Return the room on the disk that images take, wherever the agent puts them."""
@@ -295,6 +300,7 @@ class Bench(NamedTuple):
     def _bounded(self, kind: Kind, samples: Samples) -> None:
         """Measure an agent that was told how much memory it may take, where it can be told."""
         store = Store(*BOUND)
+        values: dict[str, float | None]
         try:
             with store, self._running(kind) as load:
                 with _peak_mib(store.agent_pid) as peak:
@@ -397,6 +403,8 @@ def main(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     try:
+        if os.geteuid():
+            raise Unfit("only root can checkpoint and mount a tmpfs; run this as root")
         peers.need_programs()
         if plot_file:
             plot.need_matplotlib()
@@ -408,7 +416,7 @@ def main(
             with peers.tmpfs(Path(place) / "memory") as memory:
                 bench = Bench(engine.path, disk, memory, mib, images)
                 samples, failures = measure(bench, list(only) or [*KINDS, MANY], rounds)
-    except (peers.MissingProgram, plot.MissingMatplotlib, Unfit) as exc:
+    except (peers.MissingProgram, plot.MissingMatplotlib, Unfit, KrgError) as exc:
         raise click.ClickException(str(exc)) from exc
     facts |= {"load_after": round(os.getloadavg()[0], 2), "mib": mib, "rounds": rounds}
     figures = plot.figures(samples)

@@ -64,7 +64,10 @@ KINDS = {
 
 
 class Gap(NamedTuple):
-    """The longest time between two ticks, in seconds of CLOCK_MONOTONIC."""
+    """The longest time between two ticks, in seconds of CLOCK_REALTIME.
+
+    CRIU restores a process with its CLOCK_MONOTONIC going on from where it was dumped.
+    """
 
     begin_s: float
     length_s: float
@@ -93,7 +96,7 @@ class Load:
 
     def gap(self) -> Gap:
         """Return the longest gap since it was forgotten, once the process ticks again."""
-        now = time.monotonic()
+        now = time.time()
         self._until("tick", lambda: self._read_beat(TICK, GAP.size)[0] > now)
         last = None
         while (found := self._read_beat(GAP)) != last:  # two equal reads are a whole one
@@ -101,7 +104,7 @@ class Load:
         return Gap(*found)
 
     def dirty(self) -> Path:
-        """Have it dirty its pages; return a file of what they hold now, for the caller to remove."""
+        """Have it dirty its pages; return a file of what they hold now, to be removed."""
         self._dirtied.unlink(missing_ok=True)
         self._workload.signal(signal.SIGUSR1)
         self._until("dirty its pages", self._dirtied.exists)
@@ -330,10 +333,10 @@ def _serve(directory: Path, dirty: Callable[[], None], passes: Callable[[], bool
     with open(path, "r+b") as file:
         beat = mmap.mmap(file.fileno(), GAP.size + TICK.size)
     _say(directory / "ready", f"{os.getpid()}\nholds and ticks\n")
-    last = time.monotonic()
+    last = time.time()
     while True:
         told = signal.sigtimedwait(_SIGNALS, TICK_S)
-        now = time.monotonic()
+        now = time.time()
         if now - last > GAP.unpack_from(beat)[1]:
             GAP.pack_into(beat, 0, last, now - last)
         TICK.pack_into(beat, GAP.size, now)

@@ -19,6 +19,7 @@ PACKED_SHARE, LOGICAL_SHARE, NEXT_OF_FIRST, FORKED = 1.2, 0.005, 0.10, 0.25
 RESTART, LAZY, COPY, MANY = 1.5, 0.4, 0.7, 1.1
 PEAK_MIB, BOUNDED_PEAK_MIB = 1.3 * 1024, 256.0
 NONE = "-"
+WIDEST = 3.0  # bars of figures further off their goal end there
 MET, MISSED, PLAIN = "#3b7d4f", "#b5483a", "#8a8f98"
 
 
@@ -97,14 +98,19 @@ def draw(samples: Samples, rows: Iterable[Figure], facts: Mapping[str, object], 
     bars = _times(samples)[::-1]
     heights = [max(len(shown), 1), max(len(bars), 1)]
     drawing, (goals, times) = pyplot.subplots(
-        2, 1, figsize=(9, 1.8 + 0.32 * sum(heights)), height_ratios=heights, layout="constrained"
+        2, 1, figsize=(12, 1.8 + 0.32 * sum(heights)), height_ratios=heights, layout="constrained"
     )
     colours = [MET if row.met else MISSED for row in shown]
-    places = goals.barh([row.name for row in shown], [row.of_goal for row in shown], color=colours)
-    goals.bar_label(places, [f"{row.measured}  (goal {_goal(row)})" for row in shown], padding=4)
+    widths = [min(row.of_goal or 0.0, WIDEST) for row in shown]
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    places = goals.barh([row.name for row in shown], widths, color=colours)
+    goals.bar_label(
+        places, [f"{row.measured}  (goal {_goal(row)})" for row in shown], padding=4, bbox=clear
+    )
     goals.axvline(1, color="black", linewidth=1)
     goals.set_title("of the goal (the line); shorter is better")
-    goals.margins(x=0.6)
+    goals.set_xlim(0, WIDEST * 1.7)
+    goals.set_xticks([0, 1, 2, 3])
     places = times.barh([name for name, _ in bars], [value for _, value in bars], color=PLAIN)
     times.bar_label(places, [f"{value:.0f} ms" for _, value in bars], padding=4)
     times.set_title(f"milliseconds, {facts['mib']} MiB")
@@ -241,7 +247,7 @@ def _peak(find: Median, key: str, how: str, goal: float) -> Figure:
 
 
 def _increment(load: str, find: Median) -> Figure:
-    """What a next image takes, against what its dirtied pages take when compressed."""
+    """What a next image takes, against what its dirtied pages allow it."""
     packed, logical = find("dirtied_packed_bytes"), find("logical_bytes")
     stored = find("next_stored_bytes")
     allowed = None
@@ -250,7 +256,7 @@ def _increment(load: str, find: Median) -> Figure:
     value = _divided(stored, allowed)
     peer = _of(_mib(packed), "MiB", "dirtied pages by zstd -1")
     return Figure(
-        f"{load}: bytes stored / (1.2 dirtied pages by zstd + 0.5 % of logical), next one",
+        f"{load}: bytes stored / allowed for what was dirtied, next one",
         1.0,
         value,
         "",
