@@ -16,7 +16,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from agent.backend import Data, Entry, Upload, checked
+from agent.backend import Data, Entry, Upload, checked, refusal
 from krgfs import model
 
 OPEN_FILES = 64
@@ -207,8 +207,8 @@ class _FileUpload:
             with _about(self._name):
                 yield fd, offset
                 self._send_off(fd)
-        except OSError as exc:
-            self._failed = exc  # there is a hole now
+        except BaseException as exc:  # whatever it was, there is a hole now
+            self._failed = exc if isinstance(exc, OSError) else refusal(errno.EIO, self._name)
             raise
         finally:
             with self._changed:

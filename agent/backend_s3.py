@@ -142,8 +142,9 @@ class S3Backend:
     def now(self) -> float:
         # Listed, as objects are: a HEAD would tell the same time to another fraction of a second.
         self._put(f"{self._clock}/now", b"", True)
-        (entry,) = self._listed(self._clock)
-        return entry.modified
+        for entry in self._listed(self._clock):
+            return entry.modified
+        raise refusal(errno.EIO, self._clock)
 
     def room(self) -> model.Store:
         """Return that there is no end to it, as S3 does not tell."""

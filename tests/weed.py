@@ -85,6 +85,7 @@ def running(directory: Path) -> Iterator[Weed]:
     finally:
         server.kill()
         server.wait()
+        shutil.rmtree(directory / "data")
 
 
 def _options(directory: Path, ports: dict[str, int]) -> list[str]:

@@ -639,7 +639,9 @@ def test_keys_in_a_location_are_refused_and_not_repeated(location):
         "[only]\nAWS_ACCESS_KEY_ID={}\nAWS_SECRET_ACCESS_KEY={}\n",
     ],
 )
-def test_keys_come_from_a_file_of_ours(server, tmp_path, text):
+def test_keys_come_from_a_file_of_ours(server, tmp_path, monkeypatch, text):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "of somebody else")
     path = tmp_path / "keys"
     path.touch(0o400)
     path.write_text(text.format(weed.ACCESS_KEY, weed.SECRET_KEY))
