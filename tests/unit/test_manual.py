@@ -26,7 +26,7 @@ from krgfs.model import Image, Import, Job, Load, Node, ProcessId, Tree, View
 
 ROOT = Path(__file__).parents[2]
 MAN = ROOT / "man"
-PAGES = sorted(MAN.iterdir())
+PAGES = sorted(MAN.glob("*.[1-8]"))
 BY_THE_KERNEL = {"EACCES", "ENOENT", "ECONNABORTED", "ENOTCONN"}
 MACROS = set("Ar Bc Bo Cm Er Ev Fl Ic Li Ns Op Pa Va".split())  # noqa: SIM905
 
