@@ -8,17 +8,19 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import trio
 
-from agent import criu, criu_run, keepers, outside, procs
+from agent import criu, criu_run, keepers, outside, procs, stream
+from agent.buffers import Buffers, Piece
 from agent.criu import DumpReport, Engine
-from agent.keepers import Launched
+from agent.keepers import Launched, Plan
 from agent.manifest import End, Manifest, Task
 from agent.procs import ProcessTree
 from krgfs import facts
+from krgfs.errors import NoRoom
 from krgfs.model import Caller, Frozen
 from krgfs.verbs import Checkpoint, ImageRef, Restart
 from tests.workloads import harness
@@ -34,6 +36,49 @@ COUNT = (
 SLEEP = READY + "while True:\n    time.sleep(0.05)\n"
 
 
+class Files:
+    """An intake that keeps every file of a dump as CRIU itself would have written it."""
+
+    def __init__(self, directory: Path, buffers: Buffers) -> None:
+        self.buffers = buffers
+        self._directory = directory
+
+    def take(self, piece: Piece) -> None:
+        try:
+            with open(self._directory / piece.file, "ab", buffering=0) as file:
+                assert file.write(piece.data) == len(piece.data)
+        except OSError as exc:
+            raise NoRoom(f"{piece.file}: {exc.strerror}") from exc
+        piece.give_back()
+
+    def unload(self, directory: Path, sizes: Mapping[str, int]) -> None:
+        for name, size in sizes.items():
+            (directory / name).touch()
+            assert (directory / name).stat().st_size == size, name
+
+
+class Directory:
+    """A source that serves the files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def pieces(self, file: str) -> Iterator[Piece] | None:
+        path = self._directory / file
+        return self._read(path) if path.exists() else None
+
+    def _read(self, path: Path) -> Iterator[Piece]:
+        offset = 0
+        with open(path, "rb") as file:
+            while data := file.read(1 << 20):
+                yield Piece(path.name, offset, data)
+                offset += len(data)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {each.name: each.stat().st_size for each in self._directory.iterdir()}
+
+
 class Rig:
     """An engine with directories to work in; what it brought to life ends with it."""
 
@@ -46,6 +91,7 @@ class Rig:
         self.all_said: list[str] = []
         self._launched: list[Launched] = []
         self._count = 0
+        self._buffers = Buffers(16)
         (path / "keepers").mkdir(parents=True)
 
     def spool(self) -> Path:
@@ -53,6 +99,9 @@ class Rig:
         images = self.path / f"v{self._count}"
         images.mkdir(mode=0o700)
         return images
+
+    def intake(self, images: Path) -> Files:
+        return Files(images, self._buffers)
 
     async def started(self, pid: int, start: int) -> None:
         self.began.append((pid, start))
@@ -72,9 +121,17 @@ class Rig:
         try:
             with trio.fail_after(LONG_S):
                 report = await criu.dump(
-                    self.engine, tree, images, options, self.started, self.done.append, commit
+                    self.engine,
+                    tree,
+                    images,
+                    self.intake(images),
+                    options,
+                    self.started,
+                    self.done.append,
+                    commit,
                 )
         finally:
+            assert self._buffers.free == self._buffers.count
             self.said = await criu.kept_words(images, self.log)
             self.all_said.append(self.said)
         return self.manifest(tree, ends), images, report
@@ -107,23 +164,36 @@ class Rig:
         with trio.fail_after(LONG_S):
             await procs.gone(tree.ids)
 
+    def plan(
+        self, manifest: Manifest, images: Path, directory: str, private: bool, words: str
+    ) -> Plan:
+        return criu.restore_plan(
+            self.engine,
+            manifest,
+            images,
+            Restart(image=ImageRef("t"), cgroup=words),
+            ROOT,
+            private,
+            directory,
+            Directory(images).sizes,
+        )
+
+    async def launch(self, directory: str, plan: Plan, images: Path) -> Launched:
+        """Start what is planned, with the files of a directory for CRIU to ask for."""
+        async with stream.serve(images, Directory(images)) as served:
+            launched = await keepers.launch(keepers.binary(), directory, plan)
+            served.check()
+        return launched
+
     async def restore(
         self, manifest: Manifest, images: Path, private: bool = False, words: str = "own"
     ) -> Launched:
         self._count += 1
         directory = keepers.directory(str(self.path), self._count)
-        plan = criu.restore_plan(
-            self.engine,
-            manifest,
-            str(images),
-            Restart(image=ImageRef("t"), cgroup=words),
-            ROOT,
-            private,
-            directory,
-        )
+        plan = self.plan(manifest, images, directory, private, words)
         try:
             with trio.fail_after(LONG_S):
-                launched = await keepers.launch(keepers.binary(), directory, plan)
+                launched = await self.launch(directory, plan, images)
         finally:
             self.said = await criu.kept_words(directory, self.log)
         self.keeper_dir = directory

@@ -111,7 +111,9 @@ async def test_a_tree_that_ended_is_gone(
     images = rig.spool()
     options = criu.dump_options(rig.engine, tree, images, Checkpoint(), [], None)
     with pytest.raises(Gone) as error:
-        await criu.dump(rig.engine, tree, images, options, rig.started, rig.done.append)
+        await criu.dump(
+            rig.engine, tree, images, rig.intake(images), options, rig.started, rig.done.append
+        )
     assert error.value.fate is Fate.GONE
 
 

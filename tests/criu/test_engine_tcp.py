@@ -16,8 +16,8 @@ from agent import criu, keepers
 from agent.criu import DumpReport
 from krgfs import facts
 from krgfs.errors import Damaged, EngineFailed, Exists, Fate, Unsupported
-from krgfs.verbs import Checkpoint, ImageRef, Restart, Then
-from tests.criu.rig import LONG_S, ROOT, Rig, end, until
+from krgfs.verbs import Checkpoint, Then
+from tests.criu.rig import LONG_S, Rig, end, until
 from tests.workloads import harness
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="CRIU needs root")
@@ -87,18 +87,10 @@ async def test_a_restore_that_is_cancelled_lets_packets_through(
     manifest, images, _ = await rig.dump(workload.pid, Checkpoint(tcp="keep"))
     await rig.kill(workload.pid, workload)
     directory = keepers.directory(str(rig.path), "cancelled")
-    plan = criu.restore_plan(
-        rig.engine,
-        manifest,
-        images,
-        Restart(image=ImageRef("t")),
-        ROOT,
-        private=False,
-        directory=directory,
-    )
+    plan = rig.plan(manifest, images, directory, private=False, words="own")
     made = False
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(keepers.launch, keepers.binary(), directory, plan)
+        nursery.start_soon(rig.launch, directory, plan, images)
         await until(lambda: Path(directory, "rules.made").exists())
         made = True
         nursery.cancel_scope.cancel()
