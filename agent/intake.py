@@ -159,7 +159,11 @@ class Intake:
                 if not count:
                     piece.give_back()
                     break
-                self.take(piece)
+                try:
+                    self.take(piece)
+                except BaseException:
+                    piece.give_back()
+                    raise
                 offset += count
         self._files.setdefault(file, _File(len(self._files)))
 
