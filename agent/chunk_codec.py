@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import zstandard
 from blake3 import blake3
 from xxhash import xxh3_64
@@ -35,6 +36,12 @@ class Place(NamedTuple):
     raw: int
     sum: int
     codec: int
+
+
+def place_of(pack: str, row: np.void) -> Place:
+    """Return what a row of this pack's table says."""
+    numbers = (int(row[field]) for field in Place._fields[2:])
+    return Place(pack, row["id"].tobytes(), *numbers)
 
 
 class _Tools(threading.local):

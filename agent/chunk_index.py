@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from agent import packs
 from agent.backend import Backend, Entry
-from agent.chunk_codec import Place
+from agent.chunk_codec import Place, place_of
 from agent.packs import CHUNK, ChunkId, Ids, PackId, Rows
 from krgfs.errors import Damaged
 
@@ -74,9 +74,13 @@ def heads_of(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
 
 
 def sorted_keys(keys: npt.NDArray[np.void]) -> Keys:
+    """Return them to be searched, those that come often once."""
     heads = heads_of(keys)
     order = np.argsort(heads, kind="stable")
-    return Keys(heads[order], keys[order])
+    heads, keys = heads[order], keys[order]
+    other = np.ones(len(keys), dtype=bool)
+    other[1:] = keys[1:] != keys[:-1]
+    return Keys(heads[other], keys[other])
 
 
 def in_order(rows: Rows) -> Rows:
@@ -191,15 +195,7 @@ class Index:
         return [self.place(row) for row in self.find(as_ids([id]))[1]]
 
     def place(self, row: np.void) -> Place:
-        return Place(
-            self._names[row["pack"]],
-            row["id"].tobytes(),
-            int(row["offset"]),
-            int(row["stored"]),
-            int(row["raw"]),
-            int(row["sum"]),
-            int(row["codec"]),
-        )
+        return place_of(self._names[row["pack"]], row)
 
     def rows(self) -> Rows:
         """Return the rows of all chunks, in no order."""

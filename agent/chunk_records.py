@@ -9,6 +9,7 @@ believed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from agent.backend import Backend, Entry
+from agent.chunk_index import Keys, sorted_keys
+from agent.packs import Ids
 
 MANIFESTS = "manifests/"
 SESSIONS = "sessions/"
@@ -29,7 +32,7 @@ _DIGEST_BYTES = 32
 
 
 class Session(NamedTuple):
-    """A session as it is listed; one whose record is damaged began before anything else."""
+    """A session as it is listed; a damaged record stands for anything that one waits for."""
 
     name: str
     modified: float
@@ -63,7 +66,7 @@ def sessions(backend: Backend) -> list[Session]:
 def _session(entry: Entry, data: bytes) -> Session:
     text, _, digest = data.rstrip(b"\n").rpartition(b" ")
     if blake3(text).hexdigest().encode() != digest or not data.endswith(b"\n"):
-        return Session(entry.name, entry.modified, -math.inf, False, False)
+        return Session(entry.name, entry.modified, -math.inf, True, False)
     *_, kind, began = text.split(b" ")
     return Session(entry.name, entry.modified, float(began), kind == b"sweep", True)
 
@@ -91,18 +94,25 @@ def _copies(data: bytes) -> npt.NDArray[np.void] | None:
     return np.frombuffer(body, dtype=COPY, offset=len(_CONDEMNED))
 
 
-def joined(copies: list[Condemned]) -> npt.NDArray[np.void] | None:
-    """Return the copies of all lists; None when one is damaged, so that any copy may be meant."""
-    known = [each.copies for each in copies if each.copies is not None]
-    if len(known) < len(copies):
-        return None
-    return np.concatenate([np.empty(0, dtype=COPY), *known])
+def joined(lists: Iterable[Condemned]) -> Keys:
+    """Return the copies of all lists that are whole, as `by_id` makes them."""
+    known = [each.copies for each in lists if each.copies is not None]
+    copies = np.concatenate([np.empty(0, dtype=COPY), *known])
+    return sorted_keys(by_id(copies["pack"], copies["id"]))
 
 
-def manifests(backend: Backend) -> list[tuple[str, bytes]]:
-    """Return all images' objects that are there, by name; those removed meanwhile are not."""
-    found = ((entry, _read(backend, entry)) for entry in backend.list(MANIFESTS))
-    return [(entry.name, data) for entry, data in found if data is not None]
+def by_id(packs: npt.NDArray[np.void], ids: Ids) -> npt.NDArray[np.void]:
+    """Return keys of copies: the id before the pack, as it is what differs most."""
+    keys = np.empty(len(ids), dtype=[("id", "V32"), ("pack", "V16")])
+    keys["id"], keys["pack"] = ids, packs
+    return keys.view("V48")
+
+
+def manifests(backend: Backend) -> Iterator[tuple[str, bytes]]:
+    """Yield all images' objects that are there, by name; those removed meanwhile are not."""
+    for entry in backend.list(MANIFESTS):
+        if (data := _read(backend, entry)) is not None:
+            yield entry.name, data
 
 
 def _read(backend: Backend, entry: Entry) -> bytes | None:

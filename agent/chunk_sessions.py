@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from agent import chunk_codec, chunk_records
 from agent.backend import Backend, Data
-from agent.chunk_index import Index, Keys, as_ids, sorted_keys
-from agent.packs import ChunkId, Ids, PackWriter, Rows, Sealed
+from agent.chunk_index import Index, Keys, as_ids
+from agent.packs import ChunkId, Ids, PackWriter, Sealed
 from krgfs.errors import EngineFailed
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Session:
     def __init__(self, backend: Backend, index: Index, terms: Terms, life: Life) -> None:
         """Begin; `index` is to be refreshed after this and before the first call."""
         self._backend, self._index, self._terms, self.life = backend, index, terms, life
-        self._condemned = _keys(chunk_records.condemned(backend))
+        self._condemned = _unless_damaged(chunk_records.condemned(backend))
         self._changed = threading.Condition()
         self._mine: set[ChunkId] = set()
         self._adding: set[object] = set()
@@ -220,7 +220,8 @@ class Session:
         stays = np.zeros(len(ids), dtype=bool)
         if self._condemned is not None:
             which, rows = self._index.find(ids)
-            stays[which[~self._condemned.has(_copies(self._index, rows))]] = True
+            copies = chunk_records.by_id(self._index.pack_ids(rows), rows["id"])
+            stays[which[~self._condemned.has(copies)]] = True
         return stays
 
     @contextmanager
@@ -304,17 +305,7 @@ class Session:
         self._check()
 
 
-def _keys(lists: list[chunk_records.Condemned]) -> Keys | None:
-    """Return what is condemned, by its id before its pack; None when anything may be."""
-    copies = chunk_records.joined(lists)
-    return None if copies is None else sorted_keys(_by_id(copies["pack"], copies["id"]))
-
-
-def _copies(index: Index, rows: Rows) -> npt.NDArray[np.void]:
-    return _by_id(index.pack_ids(rows), rows["id"])
-
-
-def _by_id(packs: npt.NDArray[np.void], ids: Ids) -> npt.NDArray[np.void]:
-    keys = np.empty(len(ids), dtype=[("id", "V32"), ("pack", "V16")])
-    keys["id"], keys["pack"] = ids, packs
-    return keys.view("V48")
+def _unless_damaged(lists: list[chunk_records.Condemned]) -> Keys | None:
+    """Return what is condemned; None when a list is damaged, so that anything may be."""
+    damaged = any(each.copies is None for each in lists)
+    return None if damaged else chunk_records.joined(lists)

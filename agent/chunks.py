@@ -186,13 +186,18 @@ def spans(rows: Rows) -> Iterator[Rows]:
     ends = rows["offset"] + rows["stored"]
     follows = (rows["pack"][1:] == rows["pack"][:-1]) & (rows["offset"][1:] == ends[:-1])
     for run in np.split(rows, np.nonzero(~follows)[0] + 1):
-        start = 0
-        for at in range(1, len(run) + 1):
-            if at == len(run) or int(run["offset"][at] + run["stored"][at]) - int(
-                run["offset"][start]
-            ) > max(SPAN_BYTES, int(run["stored"][start])):
-                yield run[start:at]
-                start = at
+        yield from runs(run)
+
+
+def runs(rows: Rows) -> Iterator[Rows]:
+    """Cut rows that lie side by side into what is read at once."""
+    ends = np.cumsum(rows["stored"], dtype=np.int64)
+    start = 0
+    while start < len(rows):
+        before = ends[start] - int(rows["stored"][start])
+        until = max(start + 1, int(np.searchsorted(ends, before + SPAN_BYTES, "right")))
+        yield rows[start:until]
+        start = until
 
 
 def read_span(backend: Backend, places: list[Place]) -> list[tuple[Place, memoryview]]:

@@ -66,7 +66,7 @@ def test_other_names_are_no_packs(name: str) -> None:
 
 def test_a_changed_byte_is_found_wherever_it_is() -> None:
     backend = MemoryBackend()
-    pack, rows = write(backend, TEXT, os.urandom(50))
+    pack, _ = write(backend, TEXT, os.urandom(50))
     name = packs.name_of(pack)
     whole = backend.read(name)
     for at in range(len(packs.MAGIC), len(whole)):
