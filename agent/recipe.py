@@ -61,9 +61,13 @@ class Recipe:
             yield Source(chunk, ZERO if chunk == ZERO else start + skip, taken)
             offset, at = offset + taken, at + 1
 
-    def chunks_of(self, file: str) -> list[int]:
-        """Return the numbers of the chunks that a file needs."""
-        return [int(each) for each in np.unique(self.files[file]["chunk"]) if each != ZERO]
+    def chunks_of(self, file: str, offset: int = 0, size: int = 1 << 62) -> list[int]:
+        """Return the numbers of the chunks that these bytes of a file need, by number."""
+        ends = self._ends[file]
+        first = int(np.searchsorted(ends, offset, side="right"))
+        last = int(np.searchsorted(ends, offset + size, side="left")) + 1
+        found = np.unique(self.files[file]["chunk"][first:last])
+        return [number for number in found.tolist() if number != ZERO]
 
     def weighed(self, file: str, share: npt.NDArray[np.float64]) -> float:
         """Return the sum over a file's bytes of what its chunk has in `share`."""

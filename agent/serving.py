@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -158,10 +158,11 @@ _ZEROS = memoryview(mmap.mmap(-1, WINDOW_BYTES))
 
 
 class ImageSource:
-    """The files of one image, for a restore (stream.Source)."""
+    """The files of one image, for a restore (stream.Source) and for who looks into them."""
 
     def __init__(self, reader: Reader, recipe: Recipe) -> None:
         self._reader, self._recipe = reader, recipe
+        self._looked: dict[str, tuple[int, int]] = {}  # which bytes were asked for ahead
 
     def pieces(self, file: str) -> Iterator[Piece] | None:
         """Return the content of a file; see stream.Source."""
@@ -176,30 +177,32 @@ class ImageSource:
         return at
 
     def ahead(self, file: str, offset: int, size: int) -> None:
-        """Have the chunks read that these bytes need."""
-        sources = self._recipe.sources(file, offset, size)
-        self._reader.ahead(_ids(self._recipe, sources))
+        """Have the chunks read that these bytes need. Cheap for who asks again further on."""
+        begin, end = self._looked.get(file, (0, 0))
+        if not begin <= offset <= end:
+            begin = end = offset
+        wanted = offset + size
+        if wanted - end >= WINDOW_BYTES or begin == end:
+            self._reader.ahead(self._ids(file, end, wanted - end))
+            self._looked[file] = (offset, wanted)
+
+    def _ids(self, file: str, offset: int, size: int) -> list[bytes]:
+        return [
+            self._recipe.chunks[number] for number in self._recipe.chunks_of(file, offset, size)
+        ]
 
     def _pieces(self, file: str) -> Iterator[Piece]:
-        windows = self._windows(file)
-        coming = deque(islice(windows, AHEAD_WINDOWS))
-        for _, sources in coming:
-            self._reader.ahead(_ids(self._recipe, sources))
-        while coming:
-            at, sources = coming.popleft()
-            for later in islice(windows, 1):
-                self._reader.ahead(_ids(self._recipe, later[1]))
-                coming.append(later)
+        ahead = AHEAD_WINDOWS * WINDOW_BYTES
+        self._reader.ahead(self._ids(file, 0, ahead))
+        for at in range(0, self._recipe.size(file), WINDOW_BYTES):
+            self._reader.ahead(self._ids(file, at + ahead, WINDOW_BYTES))
+            sources = list(self._recipe.sources(file, at, WINDOW_BYTES))
             if len(sources) > SCATTERED:
                 yield self._joined(file, at, sources)
                 continue
             for source in sources:
                 yield self._lent(file, at, source)
                 at += source.length
-
-    def _windows(self, file: str) -> Iterator[tuple[int, list[Source]]]:
-        for at in range(0, self._recipe.size(file), WINDOW_BYTES):
-            yield at, list(self._recipe.sources(file, at, WINDOW_BYTES))
 
     def _lent(self, file: str, at: int, source: Source) -> Piece:
         if source.chunk == ZERO:
@@ -218,11 +221,6 @@ class ImageSource:
             own.give_back()
             raise
         return Piece(file, at, own.memory[:end], own)
-
-
-def _ids(recipe: Recipe, sources: Iterable[Source]) -> list[bytes]:
-    wanted = dict.fromkeys(each.chunk for each in sources if each.chunk != ZERO)
-    return [recipe.chunks[number] for number in wanted]
 
 
 def _copy(reader: Reader, recipe: Recipe, source: Source, into: memoryview) -> None:
