@@ -7,8 +7,17 @@ import struct
 from pathlib import Path
 
 import pytest
+import trio
 
-from agent import criu, criu_format, criu_images, criu_network, criu_options, criu_words
+from agent import (
+    criu,
+    criu_format,
+    criu_images,
+    criu_network,
+    criu_options,
+    criu_run,
+    criu_words,
+)
 from agent.criu_format import BYTES, FIXED32, FIXED64, VARINT, Field
 from agent.criu_options import Option, Substitute
 from agent.outside import End
@@ -77,6 +86,7 @@ def test_every_dump() -> None:
     assert ("--leave-running",) in words
     assert ("--manage-cgroups=ignore",) in words
     assert ("--network-lock", "skip") in words
+    assert ("--stream",) in words and ("--images-dir", "/into") in words
     assert not {"--shell-job", "--tcp-established", "--freeze-cgroup"} & {w[0] for w in words}
     assert not {"--link-remap", "--leave-stopped"} & {w[0] for w in words}
 
@@ -239,22 +249,64 @@ def test_mending(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+PRESENT, LAZY = criu_images.PAGE_IS_PRESENT, 1 << 1
+RANGES = (
+    [varint(1, 0x1000), varint(2, 2), varint(4, PRESENT)],
+    [varint(1, 0x9000), varint(2, 0), varint(4, PRESENT), varint(5, 3)],
+    [varint(1, 0xF000), varint(2, 9), varint(4, LAZY)],
+    [varint(1, 0x20000), varint(2, 4), varint(3, 1)],
+)
+
+
 def test_pages_that_are_not_there(tmp_path: Path) -> None:
-    present, lazy = criu_images.PAGE_IS_PRESENT, 1 << 1
-    image(
-        tmp_path / "pagemap-7.img",
-        PAGEMAP,
-        [varint(1, 1)],
-        [varint(1, 0x1000), varint(2, 2), varint(4, present)],
-        [varint(1, 0x9000), varint(2, 0), varint(4, present), varint(5, 3)],
-        [varint(1, 0xF000), varint(2, 9), varint(4, lazy)],
-    )
-    pages = tmp_path / "pages-1.img"
-    pages.write_bytes(bytes(5 * 4096))
-    criu_images.check_pages(tmp_path)
-    pages.write_bytes(bytes(5 * 4096 - 1))
-    with pytest.raises(Damaged, match=r"pages-1\.img has 20479 bytes of 20480"):
-        criu_images.check_pages(tmp_path)
+    image(tmp_path / "pagemap-7.img", PAGEMAP, [varint(1, 1)], *RANGES)
+    image(tmp_path / "pagemap-8.img", PAGEMAP, [varint(1, 2)])
+    criu_images.check_pages(tmp_path, {"pages-1.img": 5 * 4096})
+    for sizes in ({"pages-1.img": 5 * 4096 - 1}, {}):
+        with pytest.raises(Damaged, match=r"pages-1\.img has (20479|0) bytes of 20480"):
+            criu_images.check_pages(tmp_path, sizes)
+
+
+def test_where_in_memory_the_pages_of_a_file_were(tmp_path: Path) -> None:
+    image(tmp_path / "pagemap-7.img", PAGEMAP, [varint(1, 1)], *RANGES)
+    image(tmp_path / "pagemap-8.img", PAGEMAP, [varint(1, 2)], RANGES[0])
+    image(tmp_path / "pagemap-shmem-9.img", PAGEMAP, [varint(1, 2)], RANGES[1])
+    addresses = criu_images.Addresses(tmp_path)
+    assert addresses.pages_of("pages-1.img").tolist() == [1, 2, 9, 10, 11]
+    assert addresses.pages_of("pages-2.img").tolist() == [1, 2, 9, 10, 11]
+    assert addresses.pages_of("pages-3.img").tolist() == []
+    assert criu_images.Addresses(tmp_path / "nowhere").pages_of("pages-1.img").tolist() == []
+
+
+def test_which_files_can_have_any_size() -> None:
+    assert all(map(criu_images.is_large, ("pages-1.img", "pages-shmem-5.img", "ghost-file-a.img")))
+    small = ("pagemap-1.img", "core-1.img", "ghost-1.img", "files/pages-1.img", "manifest.json")
+    assert not any(map(criu_images.is_large, small))
+
+
+def restored(images: Path, lazy: bool = False, **of: bool) -> list[tuple[str, ...]]:
+    root = [varint(1, 10), varint(2, 0), varint(3, 10), varint(4, 10), varint(5, 10)]
+    image(images / "pstree.img", PSTREE, root)
+    facts_ = [varint(criu_images.INVENTORY_TCP_CLOSE, 1)] if of.get("closed_tcp") else []
+    image(images / "inventory.img", (criu_images.INVENTORY_MAGIC,), [varint(1, 2), *facts_])
+    substitutes = [Substitute(100, "pipe:[6]", "a")]
+    found = criu_options.for_restore(images, Path("/work"), Path("/pid"), substitutes, lazy)
+    assert all(option.reason for option in found)
+    return [option.words for option in found]
+
+
+def test_every_restore(tmp_path: Path) -> None:
+    words = restored(tmp_path)
+    assert ("--stream",) in words and ("--images-dir", str(tmp_path)) in words
+    assert ("--restore-detached",) in words and ("--pidfile", "/pid") in words
+    assert ("--inherit-fd", "fd[100]:pipe:[6]") in words
+    assert not {"--shell-job", "--tcp-close", "--lazy-pages"} & {w[0] for w in words}
+    assert ("--tcp-close",) in restored(tmp_path, closed_tcp=True)
+
+
+def test_a_lazy_restore_is_fed_and_not_streamed(tmp_path: Path) -> None:
+    words = restored(tmp_path, lazy=True)
+    assert ("--lazy-pages",) in words and ("--stream",) not in words
 
 
 def test_substitutes(tmp_path: Path) -> None:
@@ -514,3 +566,54 @@ async def test_words_are_kept(tmp_path: Path) -> None:
     assert await criu.kept_words(into, nowhere) == "(0) one\n", (
         "no room for them is no reason to fail"
     )
+
+
+# -- an engine at work
+
+
+async def test_an_engine_is_watched_until_its_end_and_its_code_told(tmp_path: Path) -> None:
+    fifo, watched = tmp_path / "fifo", trio.Event()
+    os.mkfifo(fifo)
+    told: list[tuple[int, int]] = []
+
+    async def started(pid: int, start: int) -> None:
+        told.append((pid, start))
+
+    async def watch() -> None:
+        fifo.write_text("go\n")  # so its end comes after this
+        watched.set()
+        await trio.sleep_forever()
+
+    command = ["sh", "-c", f"echo said; read x < {fifo}; exit 5"]
+    code = await criu_run.run(command, tree(), tmp_path, started, watch, pytest.fail)
+    assert code == 5 and watched.is_set()
+    assert (tmp_path / criu_run.SAID).read_text() == "said\n"
+    assert len(told) == 1 and told[0][0] > 0
+
+
+async def test_an_engine_is_made_to_give_up_and_never_ended(tmp_path: Path) -> None:
+    fifo, given_up = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+
+    def give_up() -> None:
+        given_up.append(True)
+        fifo.write_text("enough\n")
+
+    async def cancel(pid: int, start: int) -> None:
+        scope.cancel()
+
+    with trio.CancelScope() as scope:
+        command = ["sh", "-c", f"read x < {fifo}; exit 7"]
+        code = await criu_run.run(command, tree(), tmp_path, cancel, trio.sleep_forever, give_up)
+        assert (code, given_up) == (7, [True])
+        await trio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+
+
+async def test_what_stops_us_from_telling_is_raised_at_the_end(tmp_path: Path) -> None:
+    async def started(pid: int, start: int) -> None:
+        raise EngineFailed("no journal")
+
+    watch = trio.sleep_forever
+    with pytest.raises(EngineFailed, match="no journal"):
+        await criu_run.run(["true"], tree(), tmp_path, started, watch, pytest.fail)
