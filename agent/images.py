@@ -400,7 +400,7 @@ class Images:
         aside = []
         for app, version in sorted(self._published() - known):
             key = f"manifests/{self.key(app, version)}"
-            target = f"{key}~unlisted.{int(time.time())}"
+            target = f"{key}~unlisted.{time.time_ns()}"
             self.backend.put(target, self.backend.read(key), replace=True)
             self.backend.delete(key)
             aside.append(target)
