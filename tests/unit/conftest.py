@@ -1,4 +1,4 @@
-"""Stores of images: on the disk of this machine, and on one that is soon full."""
+"""Stores of images: in memory, and on a disk that is soon full."""
 
 import os
 import subprocess
@@ -6,17 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from agent.images import Images
+from agent.backend import MemoryBackend
+from tests.unit.versions import opened
 
 
 @pytest.fixture
-async def images(tmp_path):
-    return await Images.open(tmp_path / "store")
+def backend():
+    return MemoryBackend()
+
+
+@pytest.fixture
+async def images(tmp_path, backend):
+    async with opened(tmp_path / "state", backend) as made:
+        yield made
 
 
 @pytest.fixture
 def root(images):
-    return Path(images.root)
+    """What the images of a node keep on that node."""
+    return Path(images.places.root)
 
 
 @pytest.fixture
