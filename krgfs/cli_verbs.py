@@ -47,7 +47,8 @@ def checkpoint(
     """
     line = cli_words.line("checkpoint", "1", given, words)
     path = f"{files.process(pid)}/checkpoint"
-    follow = not ({"async"} & set(words) or given.get("word_async"))
+    follow = not ({"async", "durable=no"} & set(words) or given.get("word_async"))
+    follow &= given.get("word_durable") != "no"
     said = cli_wait.submit(files, path, line, f"checkpoint {pid}", follow)
     _print_outcome(said, as_json)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from itertools import count
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import trio
 
 from . import wire
 from .errors import BadWords, KrgError, Unreachable, first_of
-from .model import Caller, ImageFile, Job, View
+from .model import Caller, ImageFile, Job, Phase, View
 
 log = logging.getLogger(__name__)
 GRACE_S = 15.0
@@ -174,19 +174,22 @@ class Client:
         )
         return answer
 
-    async def job_over(self, number: int) -> Job:
-        """Return a job when it has ended, however often the agent was started meanwhile."""
+    async def job_over(self, number: int, *, or_in: Collection[Phase] = ()) -> Job:
+        """Return a job when it has ended, or is in one of these phases, however often the agent was
+        started meanwhile."""
         while True:
             job = self.view.jobs.get(number)
-            if job is not None and job.is_over:
+            if job is not None and (job.is_over or job.phase in or_in):
                 return job
             if job is None and self.view.connected:
                 raise Unreachable(f"the agent does not know jobs/{number} any more")
             event = self._over.setdefault(number, trio.Event())
-            if self.view.connected:
-                await event.wait()
-            else:
+            if not self.view.connected:
                 await self._connected_again()
+            elif or_in:
+                await self.changed()
+            else:
+                await event.wait()
 
     async def files(self, caller: Caller, app: str, name: str) -> dict[str, ImageFile]:
         """Return the files of a version; those of a committed one are asked for once."""

@@ -11,7 +11,7 @@ import errno
 import os
 import select
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ STATUS_S = 2.0
 READ_ONLY = "it takes no writes"
 KEPT_REFUSALS = 1000
 OWN_STATE = ("freeze", "wait")
+RUNS_AGAIN = (Phase.STORING, Phase.FINISHING)  # what durable=no waits for
 
 
 class Handle:
@@ -330,7 +331,9 @@ class Handles:
             handle.job = accepted.job
         if accepted.member or _returns_at_once(command):
             return
-        await self._until_over(handle, accepted.job)
+        is_brief = isinstance(command, Checkpoint) and command.durable == "no"
+        early = RUNS_AGAIN if is_brief else ()
+        await self._until_over(handle, accepted.job, early)
 
     async def _tell(self, handle: Handle, text: str) -> None:
         """Have the agent refuse the words too: it writes the log."""
@@ -348,11 +351,11 @@ class Handles:
             return place.args[-2], place.args[-1]
         return 0, 0
 
-    async def _until_over(self, handle: Handle, number: int) -> None:
+    async def _until_over(self, handle: Handle, number: int, early: Collection[Phase]) -> None:
         job: Job | None = None
         ending = tree.path_of(handle.place).encode()
         with self._blocked.waiting(handle.caller, ending) as waiting:
-            job = await self._client.job_over(number)
+            job = await self._client.job_over(number, or_in=early)
         if job is not None:
             if job.errno:
                 raise _error_of(job)

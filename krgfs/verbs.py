@@ -51,6 +51,7 @@ class Checkpoint(Command, frozen=True, kw_only=True):
     desc: str = ""
     tcp: str = "fail"
     orphans: str = "refuse"
+    durable: str = "yes"
     run_async: bool = False
 
 
@@ -73,6 +74,7 @@ class Restart(Command, frozen=True, kw_only=True):
     image: ImageRef
     pid: str = "auto"
     cgroup: str = "own"
+    lazy: str = "no"
     run_async: bool = False
 
 
@@ -295,6 +297,14 @@ TABLE: dict[str, Verb] = {
                     str,
                     "refuse|drop",
                 ),
+                Word(
+                    "durable",
+                    "durable",
+                    "no returns when the tree runs again; the image is stored meanwhile",
+                    one_of("yes", "no"),
+                    str,
+                    "yes|no",
+                ),
                 _ASYNC,
             ),
             "owner",
@@ -359,6 +369,14 @@ TABLE: dict[str, Verb] = {
                     _cgroup,
                     str,
                     "own|caller|/PATH",
+                ),
+                Word(
+                    "lazy",
+                    "lazy",
+                    "let the tree run before its memory is back",
+                    one_of("yes", "no"),
+                    str,
+                    "yes|no",
                 ),
                 _ASYNC,
             ),
@@ -453,6 +471,11 @@ def _checked(verb_name: str, command: Command) -> Command:
             raise BadWords(f"{verb_name}: for= and while-open go with 1")
         if command.for_s and command.while_open:
             raise BadWords(f"{verb_name}: for= and while-open exclude each other")
+    if isinstance(command, Checkpoint) and command.durable == "no" and command.then.kind != "run":
+        raise BadWords(
+            f"{verb_name}: durable=no goes with then=run alone: the tree is held until the image "
+            "is durable"
+        )
     return command
 
 
