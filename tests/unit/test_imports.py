@@ -1,56 +1,81 @@
 """Imports: directories that come to be images, copies of ours and what plain CRIU wrote."""
 
+import json
 import os
-import shutil
 
 import pytest
 import trio
 
-from agent.images import Images
+from agent import manifest as manifests
+from agent.backend import MemoryBackend
+from agent.images import Limits
 from agent.manifest import MANIFEST, Task
 from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone, NoRoom
-from tests.unit.versions import ANNA, DUMPED, SMALL, copied, leave, make, tree_of
+from tests.unit.versions import (
+    ANNA,
+    DUMPED,
+    KEY,
+    SMALL,
+    contents_of,
+    copied,
+    finished,
+    leave,
+    make,
+    names_in,
+    opened,
+    tree_of,
+)
 
 
-async def test_a_copy_of_an_image_is_complete_when_its_last_file_is_there(images, root):
+async def test_a_copy_of_an_image_is_complete_when_its_last_file_is_there(images):
     manifest = await make(images, 1, files=DUMPED | {"files/out": b"o"})
-    source = root / "blast/v1"
-    names = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
+    source = await contents_of(images)
     await images.imports.begin("blast", "v2", ANNA, ANNA)
-    for name in names:
+    for name, data in sorted(source.items()):
         assert await images.imports.whole("blast", "v2") is None
-        await images.imports.write_file("blast", "v2", name, 0, (source / name).read_bytes())
-    assert await images.imports.whole("blast", "v2") == manifest
-    finished = await images.imports.finish("blast", "v2", 2, manifest)
-    assert finished.ref == "blast/v2"
-    assert finished.copied_from == "blast/v1"
+        await images.imports.write_file("blast", "v2", name, 0, data)
+    found = await images.imports.whole("blast", "v2")
+    assert found == manifests.decode(source[MANIFEST], "the copy")
+    made = await finished(images, "v2", 2, manifest=found)
+    assert (made.ref, made.copied_from) == ("blast/v2", "blast/v1")
+    assert (await images.opened("blast", 2)).manifest == made
     assert await images.verify("blast", 2) == ""
-    files = ("created", "node", "tree", "files", "logical_bytes", "stored_bytes")
-    for field in files:
-        assert getattr(finished, field) == getattr(manifest, field)
+    for field in ("created", "node", "tree", "files", "logical_bytes", "stored_bytes"):
+        assert getattr(made, field) == getattr(manifest, field), field
+    assert made.new_bytes < 1000, "the chunks of its pages were there"
+    now = await contents_of(images, "v2")
+    assert {**now, MANIFEST: b""} == {**source, MANIFEST: b""}
 
 
-async def test_an_image_that_comes_home_is_what_it_was_to_the_byte(images, root, tmp_path):
-    await make(images, 1, files=DUMPED | {"files/out": b"o"})
-    before = tree_of(root / "blast/v1")
-    shutil.copytree(root / "blast/v1", tmp_path / "backup")
-    await images.remove("blast", 1)
-    await copied(images, tmp_path / "backup", "v1.part")
-    await images.imports.finish("blast", "v1.part", 1)
-    assert tree_of(root / "blast/v1") == before
+async def test_an_image_that_comes_home_is_what_it_was_to_the_byte(tmp_path):
+    dumped = DUMPED | {
+        "files/out": b"o",
+        "pages-2.img": os.urandom(3 << 20),
+        "ghost-file-1.img": b"",
+    }
+    async with opened(tmp_path / "a") as images:
+        await make(images, 1, files=dumped)
+        source = await contents_of(images)
+    async with opened(tmp_path / "b") as others:
+        await copied(others, source, "v1.part")
+        after = await finished(others, "v1.part", 1)
+        assert after.copied_from == ""
+        facts = json.loads((now := await contents_of(others)).pop(MANIFEST))
+        then = json.loads(source.pop(MANIFEST))
+        assert now == source
+        changed = {key for key in then if facts[key] != then[key]}
+        assert changed <= {"stored_bytes", "new_bytes", "digest"}
 
 
-async def test_an_import_belongs_to_whom_it_was_begun_for(images, root):
+async def test_an_image_belongs_to_whom_its_import_was_begun_for(images):
     if os.geteuid() != 0:
         pytest.skip("giving files away needs root")
     await make(images, 1)
     await images.imports.begin("mine", "v1", 4321, 4322)
-    for path in (root / "blast/v1").iterdir():
-        await images.imports.write_file("mine", "v1", path.name, 0, path.read_bytes())
-    manifest = await images.imports.finish("mine", "v1", 1)
+    for name, data in (await contents_of(images)).items():
+        await images.imports.write_file("mine", "v1", name, 0, data)
+    manifest = await finished(images, "v1", 1, app="mine")
     assert (manifest.uid, manifest.gid, manifest.copied_from) == (4321, 4322, "blast/v1")
-    for _, uid, gid, _ in tree_of(root / "mine").values():
-        assert (uid, gid) == (4321, 4322)
 
 
 @pytest.mark.parametrize(
@@ -63,30 +88,35 @@ async def test_an_import_belongs_to_whom_it_was_begun_for(images, root):
         (MANIFEST, b'{"format": 1}', "the manifest of blast/v2.part is damaged"),
     ],
 )
-async def test_a_copy_that_does_not_match_is_refused_and_stays(images, root, file, data, words):
+async def test_a_copy_that_does_not_match_is_refused_and_stays(
+    images, backend, root, file, data, words
+):
     await make(images, 1)
-    await copied(images, root / "blast/v1", "v2.part", skip=[file])
+    await copied(images, await contents_of(images), "v2.part", skip=[file])
     if data is not None:
         await images.imports.write_file("blast", "v2.part", file, 0, data)
+    before = tree_of(root / "imports"), names_in(backend)
     assert await images.imports.whole("blast", "v2.part") is None
     with pytest.raises(Damaged) as caught:
-        await images.imports.finish("blast", "v2.part", 2)
+        await images.finish_import("blast", "v2.part", 2)
     assert words in caught.value.message
-    assert not (root / "blast/v2").exists()
+    assert (tree_of(root / "imports"), names_in(backend)) == before
     assert await images.files("blast", "v2.part")
     if file == "pstree.img":
         await images.imports.truncate_file("blast", "v2.part", file, 0) if data else None
         await images.imports.write_file("blast", "v2.part", file, 0, b"tree")
-        assert (await images.imports.finish("blast", "v2.part", 2)).ref == "blast/v2"
+        assert (await finished(images, "v2.part", 2)).ref == "blast/v2"
 
 
-async def test_a_file_changed_after_the_check_is_noticed(images, root):
-    await make(images, 1)
-    await copied(images, root / "blast/v1", "v2")
-    manifest = await images.imports.whole("blast", "v2")
-    await images.imports.write_file("blast", "v2", "pstree.img", 0, b"TREE")
-    with pytest.raises(Damaged, match=r"pstree\.img has other contents"):
-        await images.imports.finish("blast", "v2", 2, manifest)
+async def test_one_flipped_bit_deep_in_the_pages_of_a_copy_is_found(images):
+    await make(images, 1, files=DUMPED | {"pages-2.img": os.urandom(9 << 20)})
+    source = await contents_of(images)
+    pages = bytearray(source["pages-2.img"])
+    pages[(8 << 20) + 5] ^= 1
+    await copied(images, source | {"pages-2.img": pages}, "v2")
+    with pytest.raises(Damaged, match=r"cannot import blast/v2: pages-2\.img has other contents"):
+        await images.finish_import("blast", "v2", 2)
+    assert await images.verify("blast", 2) == "it is not in the store"
 
 
 async def test_a_copy_with_a_newer_manifest_is_refused_in_words(images):
@@ -94,18 +124,35 @@ async def test_a_copy_with_a_newer_manifest_is_refused_in_words(images):
     await images.imports.write_file("blast", "v2", MANIFEST, 0, b'{"format": 99}')
     assert await images.imports.whole("blast", "v2") is None
     with pytest.raises(CannotRunHere, match="format 99"):
-        await images.imports.finish("blast", "v2", 2)
+        await images.finish_import("blast", "v2", 2)
 
 
-async def test_names_that_are_taken_are_refused(images, root):
+async def test_names_that_are_taken_are_refused(images, backend):
     await make(images, 1)
+    source = await contents_of(images)
     await images.imports.begin("blast", "v2", ANNA, ANNA)
-    for name in ("v1", "v2"):
-        with pytest.raises(Exists, match=f"blast/{name}"):
-            await images.imports.begin("blast", name, ANNA, ANNA)
-    await copied(images, root / "blast/v1", "v3.part")
-    with pytest.raises(Exists, match="blast/v1"):
-        await images.imports.finish("blast", "v3.part", 1)
+    with pytest.raises(Exists, match="blast/v2"):
+        await images.imports.begin("blast", "v2", ANNA, ANNA)
+    await copied(images, source, "v3.part")
+    before = names_in(backend)
+    with pytest.raises(Exists, match="blast/v1 exists; take another"):
+        await images.finish_import("blast", "v3.part", 1)
+    assert names_in(backend) == before
+    assert (await finished(images, "v3.part", 3)).ref == "blast/v3"
+
+
+async def test_an_import_is_taken_in_by_less_memory_than_it_has(tmp_path):
+    """Streamed: of 32 buffers at most 16 are there."""
+    async with opened(tmp_path / "state", limits=Limits(memory_bytes=1 << 20)) as images:
+        source = PLAIN | {
+            "pages-1.img": os.urandom(20 << 20) + bytes(4 << 20),
+            "ghost-file-1.img": os.urandom((12 << 20) + 77),
+        }
+        await copied(images, source, "v2")
+        await finished(images, "v2", 2)
+        assert await images.verify("blast", 2) == ""
+        found = await contents_of(images, "v2")
+        assert {name: found[name] for name in source} == source
 
 
 async def test_writes_of_an_import_land_where_they_were_aimed(images):
@@ -140,37 +187,80 @@ async def test_a_removed_import_is_gone(images, root):
     await images.imports.write_file("blast", "v2", "files/x", 0, b"x")
     await images.imports.remove("blast", "v2")
     await images.imports.remove("blast", "v2")
-    assert tree_of(root / "blast") == {}
+    assert tree_of(root / "imports/blast") == {}
     with pytest.raises(Gone):
         await images.imports.write_file("blast", "v2", "x", 0, b"x")
 
 
-async def test_imports_that_ended_are_forgotten(images, root):
+async def test_imports_that_ended_are_forgotten(images):
     await make(images, 1)
-    await copied(images, root / "blast/v1", "v2")
-    await images.imports.finish("blast", "v2", 2)
-    await copied(images, root / "blast/v1", "v3")
+    source = await contents_of(images)
+    await copied(images, source, "v2")
+    await finished(images, "v2", 2)
+    await copied(images, source, "v3")
     await images.imports.remove("blast", "v3")
     with pytest.raises(Gone):
         await images.imports.write_file("blast", "v4", "x", 0, b"")
     assert images.imports._busy == {}
 
 
-async def test_of_two_that_finish_at_once_one_does(images, root):
+async def test_of_two_that_finish_at_once_one_does(images):
     await make(images, 1)
-    await copied(images, root / "blast/v1", "v2")
+    await copied(images, await contents_of(images), "v2")
     outcomes = []
 
     async def finish():
         try:
-            outcomes.append((await images.imports.finish("blast", "v2", 2)).ref)
-        except Gone:
-            outcomes.append("gone")
+            outcomes.append((await finished(images, "v2", 2)).ref)
+        except (Gone, Exists) as exc:
+            outcomes.append(type(exc))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(finish)
         nursery.start_soon(finish)
-    assert sorted(outcomes) == ["blast/v2", "gone"]
+    assert "blast/v2" in outcomes and {Gone, Exists} & {*outcomes}
+    assert await images.verify("blast", 2) == ""
+
+
+async def test_imports_go_on_beside_each_other(images):
+    """Of the same bytes and of others, at once, with a dump among them."""
+    shared = os.urandom(2 << 20)
+    sources = {
+        version: PLAIN | {"pages-1.img": shared + os.urandom(1 << 20)} for version in range(2, 6)
+    }
+
+    async def take_in(version):
+        await copied(images, sources[version], f"v{version}.part")
+        await finished(images, f"v{version}.part", version)
+
+    async with trio.open_nursery() as nursery:
+        for version in sources:
+            nursery.start_soon(take_in, version)
+        nursery.start_soon(make, images, 1)
+    assert await images.verify("blast", 1) == ""
+    for version, source in sources.items():
+        assert await images.verify("blast", version) == ""
+        found = await contents_of(images, f"v{version}")
+        assert {name: found[name] for name in source} == source
+
+
+async def test_an_import_cannot_change_while_it_becomes_a_version(images):
+    await make(images, 1)
+    source = await contents_of(images)
+    await copied(images, source, "v2.part")
+    outcomes = []
+
+    async def change():
+        await images.imports.write_file("blast", "v2.part", "pstree.img", 0, b"eert")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(change)
+        try:
+            outcomes.append((await images.finish_import("blast", "v2.part", 2)).ref)
+        except Damaged:
+            outcomes.append(Damaged)
+    if outcomes == ["blast/v2"]:
+        assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"tree"
 
 
 # -- directories that plain CRIU wrote
@@ -223,17 +313,11 @@ PLAIN = {
 }
 
 
-async def imported(images, files, name="v2.part"):
-    await images.imports.begin("blast", name, ANNA, ANNA)
-    for file, data in files.items():
-        await images.imports.write_file("blast", name, file, 0, data)
-
-
 async def test_a_plain_dump_gets_a_manifest_of_what_it_says_itself(images):
-    await imported(images, PLAIN)
+    await copied(images, PLAIN, "v2.part")
     assert await images.imports.whole("blast", "v2.part") is None
-    manifest = await images.imports.finish("blast", "v2.part", 2)
-    assert await images.manifest("blast", 2) == manifest
+    manifest = await finished(images, "v2.part", 2)
+    assert (await images.opened("blast", 2)).manifest == manifest
     assert (manifest.ref, manifest.uid, manifest.copied_from) == ("blast/v2", ANNA, "")
     assert (manifest.root, manifest.arch) == (5721, "x86_64")
     assert manifest.tree == (
@@ -252,12 +336,13 @@ async def test_a_plain_dump_gets_a_manifest_of_what_it_says_itself(images):
     assert manifest.files.keys() == PLAIN.keys()
     assert manifest.logical_bytes == sum(map(len, PLAIN.values()))
     assert await images.verify("blast", 2) == ""
+    found = await contents_of(images, "v2")
+    assert {name: found[name] for name in PLAIN} == PLAIN
 
 
 async def test_what_criu_really_wrote_is_understood(images):
-    files = PLAIN | {"pstree.img": REAL_PSTREE}
-    await imported(images, files)
-    (task,) = (await images.imports.finish("blast", "v2.part", 2)).tree
+    await copied(images, PLAIN | {"pstree.img": REAL_PSTREE}, "v2.part")
+    (task,) = (await finished(images, "v2.part", 2)).tree
     assert (task.pid, task.ppid, task.pgrp, task.sid, task.tids) == (5721, 0, 5721, 5721, (5721,))
 
 
@@ -278,12 +363,12 @@ async def test_what_criu_really_wrote_is_understood(images):
     ],
 )
 async def test_what_is_no_dump_of_criu_is_refused_and_stays(images, root, file, data, words):
-    await imported(images, {**PLAIN, file: data} if data is not None else PLAIN)
+    await copied(images, {**PLAIN, file: data} if data is not None else PLAIN, "v2.part")
     if data is None:
         await images.imports.remove_file("blast", "v2.part", file)
     before = tree_of(root)
     with pytest.raises(Damaged) as caught:
-        await images.imports.finish("blast", "v2.part", 2)
+        await images.finish_import("blast", "v2.part", 2)
     assert "cannot import blast/v2.part: it has no manifest.json" in caught.value.message
     assert words in caught.value.message
     assert tree_of(root) == before
@@ -292,49 +377,67 @@ async def test_what_is_no_dump_of_criu_is_refused_and_stays(images, root, file, 
 # -- what a crash leaves
 
 
-async def test_an_import_goes_on_under_the_next_agent(images, root):
+async def test_an_import_goes_on_under_the_next_agent(images, root, backend):
     await images.imports.begin("blast", "v2", ANNA, ANNA)
-    fresh = await Images.open(root)
-    await fresh.imports.write_file("blast", "v2", "x", 0, b"x")
-    assert await fresh.read("blast", "v2", "x", 0, 9) == b"x"
+    async with opened(root, backend) as fresh:
+        await fresh.imports.write_file("blast", "v2", "x", 0, b"x")
+        assert await fresh.read("blast", "v2", "x", 0, 9) == b"x"
 
 
-async def test_an_import_that_was_published_and_not_recorded_is_one_again(images, root):
+async def test_an_import_that_was_published_and_not_recorded_is_one_again(images, root, backend):
     await make(images, 1)
+    source = await contents_of(images)
     for name, number in (("v2", 2), ("v3.part", 3)):
-        await copied(images, root / "blast/v1", name)
-        await images.imports.finish("blast", name, number)
-    fresh = await Images.open(root)
-    found = await fresh.recover({("blast", 1)}, {("blast", "v2"), ("blast", "v3.part")})
-    assert found == ([], [], [])
-    assert (await fresh.imports.finish("blast", "v3.part", 3)).ref == "blast/v3"
-    assert await fresh.imports.whole("blast", "v2") is not None
+        await copied(images, source, name)
+        await images.finish_import("blast", name, number)
+    async with opened(root, backend) as fresh:
+        found = await fresh.recover({("blast", 1)}, {("blast", "v2"), ("blast", "v3.part")})
+        assert found == (["blast/v2", "blast/v3"], [], [])
+        assert (await finished(fresh, "v3.part", 3)).ref == "blast/v3"
+        assert await fresh.imports.whole("blast", "v2") is not None
 
 
-# -- a full disk
+# -- no room
 
 
-async def test_an_import_without_room_says_so_and_can_be_removed(small_disk):
-    images = await Images.open(small_disk / "store")
-    await make(images, 1, files=SMALL)
-    before = tree_of(small_disk / "store")
-    for pages in range(12):
-        leave(small_disk, pages)
-        try:
-            await copied(images, small_disk / "store/blast/v1", "v2")
-            await images.imports.finish("blast", "v2", 2)
-        except NoRoom as exc:
-            assert "blast/v2" in exc.message
+async def test_an_import_without_room_says_so_and_stays(tmp_path):
+    """First no room for the copy, on the node; then none in the store."""
+    backend = MemoryBackend(1 << 20)
+    async with opened(tmp_path / "state", backend) as images:
+        await make(images, 1, files=SMALL)
+        source = PLAIN | {"pages-1.img": os.urandom(2 << 20)}
+        await copied(images, source, "v2")
+        before = tree_of(tmp_path / "state/imports")
+        with pytest.raises(NoRoom, match="blast/v2"):
+            await images.finish_import("blast", "v2", 2)
+        assert tree_of(tmp_path / "state/imports") == before
+        assert names_in(backend, "manifests/") == [f"{KEY}/blast/v1"]
+        assert await images.verify("blast", 1) == ""
+        await images.imports.truncate_file("blast", "v2", "pages-1.img", 8192)
+        assert (await finished(images, "v2", 2)).ref == "blast/v2"
+
+
+async def test_a_copy_for_which_there_is_no_room_can_be_removed(small_disk):
+    async with opened(small_disk / "state") as images:
+        await make(images, 1, files=SMALL)
+        source, before = await contents_of(images), tree_of(small_disk / "state")
+        for pages in range(12):
+            leave(small_disk, pages)
+            try:
+                await copied(images, source, "v2")
+            except NoRoom as exc:
+                assert "blast/v2" in exc.message
             await images.imports.remove("blast", "v2")
-        else:
-            await images.remove("blast", 2)
-        (small_disk / "filler").unlink()
-        assert tree_of(small_disk / "store") == before, pages
+            await images.remove_app("other")
+            (small_disk / "filler").unlink()
+            now = tree_of(small_disk / "state")
+            now.pop("imports/blast", None)
+            assert now == before, pages
 
 
 async def test_a_file_system_without_inodes_is_no_room_either(small_disk):
-    images = await Images.open(small_disk / "store")
-    await images.imports.begin("blast", "v1", ANNA, ANNA)
-    with pytest.raises(NoRoom):
-        for i in range(100):
-            await images.imports.write_file("blast", "v1", f"core-{i}.img", 0, b"")
+    async with opened(small_disk / "state") as images:
+        await images.imports.begin("blast", "v1", ANNA, ANNA)
+        with pytest.raises(NoRoom):
+            for i in range(100):
+                await images.imports.write_file("blast", "v1", f"core-{i}.img", 0, b"")
