@@ -37,12 +37,12 @@ class DirectoryBackend:
     heard of it.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, open_files: int = OPEN_FILES) -> None:
         self._root = os.path.abspath(root)
         self._temporary = os.path.join(self._root, ".tmp")
         self._clock = os.path.join(self._temporary, f"clock-{uuid.uuid4().hex}")
         self._entered: set[str] = set()  # directories whose entries we know to be durable
-        self._files = _Files()
+        self._files = _Files(open_files)
         os.makedirs(self._root, 0o700, exist_ok=True)
         _sync(os.path.dirname(self._root))
         with contextlib.suppress(FileExistsError):
@@ -251,7 +251,8 @@ class _File:
 class _Files:
     """Files that were read last, open, so that a restore does not open a pack for each chunk."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -264,7 +265,7 @@ class _Files:
         with self._lock:
             self._open[path] = file
             self._open.move_to_end(path)
-            while len(self._open) > OPEN_FILES:
+            while len(self._open) > self._most:
                 self._open.popitem(last=False)
         return file
 

@@ -71,7 +71,8 @@ class S3Backend:
 
     `Entry.modified` is of whole seconds; what came by `create` has, at Amazon, the time at which
     its upload began. An upload that was never finished is not listed, but the server keeps its
-    parts: give the bucket a lifecycle rule that aborts incomplete multipart uploads.
+    parts, and of an aborted one those that came late: give the bucket a lifecycle rule that aborts
+    incomplete multipart uploads.
     """
 
     def __init__(self, bucket: Bucket, keys: Keys, patience_s: float = PATIENCE_S) -> None:

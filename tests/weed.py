@@ -44,13 +44,18 @@ class Weed(NamedTuple):
     def location(self, prefix: str) -> str:
         return f"s3://{BUCKET}/{prefix}?endpoint={self.endpoint}"
 
-    def unfinished_uploads(self) -> object:
-        """Return what the server keeps of uploads that were neither finished nor aborted."""
-        request = urllib.request.Request(
-            f"{self.filer}/buckets/{BUCKET}/.uploads/", headers={"Accept": "application/json"}
-        )
+    def uploads(self) -> list[str]:
+        """Return the uploads that were neither finished nor aborted."""
+        return self._listed(f"/buckets/{BUCKET}/.uploads/")
+
+    def parts(self) -> list[str]:
+        """Return the parts that the server has of them."""
+        return [part for upload in self.uploads() for part in self._listed(f"{upload}/")]
+
+    def _listed(self, path: str) -> list[str]:
+        request = urllib.request.Request(self.filer + path, headers={"Accept": "application/json"})
         with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["Entries"]
+            return [entry["FullPath"] for entry in json.load(answer)["Entries"] or ()]
 
 
 @contextlib.contextmanager
@@ -66,7 +71,7 @@ def running(directory: Path) -> Iterator[Weed]:
     )
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen(
-            [_program(), "mini", *_options(directory, ports)],
+            ["setpriv", "--pdeathsig", "KILL", _program(), "mini", *_options(directory, ports)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
