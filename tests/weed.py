@@ -71,7 +71,15 @@ def running(directory: Path) -> Iterator[Weed]:
     )
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", _program(), "mini", *_options(directory, ports)],
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                _program(),
+                f"-logdir={directory}",
+                "mini",
+                *_options(directory, ports),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -91,6 +99,9 @@ def running(directory: Path) -> Iterator[Weed]:
         server.kill()
         server.wait()
         shutil.rmtree(directory / "data")
+        for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):  # it takes no other place
+            if int(path.stem.rpartition("-")[2]) in ports.values():
+                path.unlink()
 
 
 def _options(directory: Path, ports: dict[str, int]) -> list[str]:
