@@ -103,8 +103,8 @@ def start(
     where no feeder can be started. One that CRIU does not call within CALL_S ends by itself.
     """
     spec = Spec(source, str(keeper), staged.processes, staged.runs, staged.begins)
-    (directory / SPEC).write_bytes(msgspec.msgpack.encode(spec))
     try:
+        (directory / SPEC).write_bytes(msgspec.msgpack.encode(spec))
         with _listener(directory) as listener, open(directory / LOG, "ab") as log:
             words = (*program, str(directory), str(listener.fileno()))
             subprocess.run(

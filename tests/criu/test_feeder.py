@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="CRIU and userfaultfds
 Start = Callable[..., harness.Workload]
 OPTIONS = ("--manage-cgroups=ignore", "--file-locks", "-v3", "-o", "log")
 
-# a feeder whose source looks into PLACE/mood before each read: {"pause": s, "good_bytes": n}
+# a feeder whose source looks into PLACE/mood before each read: {"pause": s per MiB, ...}
 SLOW = """
 import json, os, sys, time
 from agent import feeder_process, feeder_source
@@ -41,7 +41,7 @@ from krgfs.errors import Damaged
 class Slow(feeder_source.Directory):
     def read_into(self, file, offset, buffer):
         mood = json.load(open(os.path.join(self._path, "mood")))
-        time.sleep(mood["pause"])
+        time.sleep(mood["pause"] * len(buffer) / (1 << 20))
         if offset + len(buffer) > mood["good_bytes"]:
             raise Damaged(f"chunk 77 of {file} is damaged")
         super().read_into(file, offset, buffer)
@@ -87,15 +87,15 @@ class Lazy:
         slow = (sys.executable, "-c", SLOW)
         feeder.start(self.work, self.keeper, staged, f"slow:{self.images}", slow)
 
-    async def restore(self) -> Launched:
+    async def restore(self, private: bool = False) -> Launched:
         self.start(self.stage())
-        return await self.launch()
+        return await self.launch(private)
 
-    async def launch(self) -> Launched:
+    async def launch(self, private: bool = False) -> Launched:
         pidfile = str(self.keeper / "pid")
         words = ("-D", str(self.staged), "-W", str(self.work), "--lazy-pages", "--shell-job")
         command = (self._engine.path, "restore", "-d", "--pidfile", pidfile, *words, *OPTIONS)
-        plan = Plan(command=command, pidfile=pidfile, log=str(self.work / "said"))
+        plan = Plan(command=command, pidfile=pidfile, new_pid=private, log=str(self.work / "said"))
         with trio.fail_after(LONG_S):
             launched = await keepers.launch(keepers.binary(), str(self.keeper), plan)
         self._launched.append(launched)
@@ -251,26 +251,26 @@ open(sys.argv[1], "w").close()
 while not os.path.exists(sys.argv[1] + ".go"):
     time.sleep(0.005)
 try:
-    Q = COUNT // 8
-    early = forked(lambda: check(base, 0, COUNT, 16))
-    joined(forked(lambda: check(wiped, 0, 64, zero=True)))
-    assert libc.munmap(at(base + Q * PAGE), size(Q)) == 0
+    Q = COUNT // 8  # what is changed is at the end, which is filled in last
+    early = forked(lambda: check(base, 0, COUNT, 64))
+    unlike = forked(lambda: check(wiped, 0, 64, zero=True))
+    assert libc.munmap(at(base + 7 * Q * PAGE), size(Q)) == 0
     there = take(Q)
-    moved = libc.mremap(at(base + 2 * Q * PAGE), size(Q), size(Q), 3, at(there))
+    moved = libc.mremap(at(base + 6 * Q * PAGE), size(Q), size(Q), 3, at(there))
     assert moved == there, "mremap failed"
-    assert libc.madvise(at(base + 3 * Q * PAGE), size(Q), 4) == 0
+    assert libc.madvise(at(base + 5 * Q * PAGE), size(Q), 4) == 0
     assert libc.mprotect(at(base + (4 * Q + 3) * PAGE), size(Q // 2), 1) == 0
-    late = forked(lambda: (check(moved, 2 * Q, Q, 16), check(base, 0, Q, 16)))
-    check(moved, 2 * Q, Q)
-    check(base + 3 * Q * PAGE, 3 * Q, Q, zero=True)
+    late = forked(lambda: (check(moved, 6 * Q, Q, 64), check(base, 0, Q, 64)))
+    check(moved, 6 * Q, Q)
+    check(base + 5 * Q * PAGE, 5 * Q, Q, zero=True)
     again = take(Q)
     check(again, 0, Q, zero=True)
     grown = libc.mremap(at(moved), size(Q), size(2 * Q), 1)
-    check(grown, 2 * Q, Q)
+    check(grown, 6 * Q, Q)
     check(grown + Q * PAGE, 0, Q, zero=True)
-    check(base, 0, Q)
-    check(base + 4 * Q * PAGE, 4 * Q, 4 * Q)
+    check(base, 0, 5 * Q)
     joined(early)
+    joined(unlike)
     joined(late)
     assert ctypes.string_at(wiped, 64 * PAGE) == b"\\x07" * 64 * PAGE
     told("PASS")
@@ -287,7 +287,7 @@ async def test_a_process_that_changes_its_mappings_meanwhile(
     child = process(CHANGES)
     await lazy.dump(child.pid)
     await trio.to_thread.run_sync(child.wait)
-    lazy.mood(pause=0.05)
+    lazy.mood(pause=0.1)
     launched = await lazy.restore()
     try:
         sign, said = place / "sign0.go", place / "sign0.verdict"
@@ -354,11 +354,13 @@ async def test_workers_that_die_again_and_again_end_the_tree(lazy: Lazy, begin: 
     assert workload.finish().startswith("FAIL: memory was gone without")
 
 
-async def test_a_damaged_source_ends_the_tree(lazy: Lazy, begin: Start) -> None:
+@pytest.mark.parametrize("private", [False, True])
+async def test_a_damaged_source_ends_the_tree(private: bool, lazy: Lazy, begin: Start) -> None:
     workload = begin("memory", 64, 0)
     await dumped(lazy, workload)
     lazy.mood(pause=0.02)
-    launched = await lazy.restore()
+    launched = await lazy.restore(private)
+    workload.adopt(launched.root.pid)
     await lazy.in_the_middle()
     lazy.mood(good_bytes=0)
     found = await lazy.finished()
