@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from krgfs import model, wire
 from krgfs.errors import BadWords, Damaged, Exists
 
-from . import contents, criu_images, durable, pages, versions
+from . import contents, criu_images, durable, pages, sweep, versions
 from .backend import Backend
 from .buffers import BUFFER_BYTES, Buffers
 from .chunk_sessions import Session
@@ -40,6 +40,7 @@ from .manifest import MANIFEST, FileSum, Manifest, encode
 from .places import Places
 from .recipe import Recipe
 from .serving import ImageSource, Reader
+from .sweep import Swept
 
 LEAST_BUFFERS, SPARE_BUFFERS = 16, 16
 KNOWN_IMAGES = 32
@@ -345,6 +346,21 @@ class Images:
     async def usage(self) -> model.Store:
         """Return the room in the back end."""
         return await durable.run("cannot look at the image store", self.backend.room)
+
+    async def sweep(self) -> Swept:
+        """Remove what no image names, of any node that writes here; raises as `sweep.sweep`."""
+
+        def work() -> Swept:
+            swept = sweep.sweep(self.store, versions.named)
+            self._note("sweep")
+            return swept
+
+        return await durable.run("cannot sweep the image store", work)
+
+    def _note(self, what: str) -> None:
+        """Remember, across our own end, when something was done to the whole store."""
+        with open(self.places.mark(what), "w", encoding="ascii"):
+            pass
 
     # -- after a crash
 

@@ -37,6 +37,10 @@ class Places:
     def table(self, app: str) -> str:
         return os.path.join(self.tables, _app(app))
 
+    def mark(self, what: str) -> str:
+        """Return the file whose modification time is when that was last done."""
+        return os.path.join(self.root, f"last-{what}")
+
 
 def import_name(name: str) -> str:
     """Return a name that an import can have."""
