@@ -18,6 +18,7 @@ from krgfs.errors import Damaged
 
 SAMPLES = 4
 SAMPLE_BYTES = 4096
+SMALL_BYTES = 32 << 10
 WORTH = 0.9  # what does not become smaller than this share is stored as it is
 
 
@@ -59,6 +60,13 @@ class _Tools(threading.local):
 
 
 _tools = _Tools()
+
+
+def gathered(parts: Sequence[Data]) -> Sequence[Data]:
+    """Return the same bytes in fewer parts where each is so small that handling it costs more than
+    a copy: blake3 of single pages runs at a third of its speed."""
+    small = len(parts) > 1 and sum(len(part) for part in parts) < SMALL_BYTES * len(parts)
+    return (b"".join(parts),) if small else parts
 
 
 def identify(parts: Sequence[Data]) -> ChunkId:

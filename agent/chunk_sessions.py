@@ -121,7 +121,9 @@ class Session:
     def __init__(self, backend: Backend, index: Index, terms: Terms, life: Life) -> None:
         """Begin; `index` is to be refreshed after this and before the first call."""
         self._backend, self._index, self._terms, self.life = backend, index, terms, life
-        self._condemned = _unless_damaged(chunk_records.condemned(backend))
+        lists = chunk_records.condemned(backend)
+        self.knows = frozenset(each.name for each in lists)
+        self._condemned = _unless_damaged(lists)
         self._changed = threading.Condition()
         self._mine: set[ChunkId] = set()
         self._adding: set[object] = set()
@@ -143,12 +145,13 @@ class Session:
         """
         self._check()
         self.life.renew()
-        id = chunk_codec.identify(parts)
+        whole = chunk_codec.gathered(parts)
+        id = chunk_codec.identify(whole)
         if id in self._mine or self._stays(as_ids([id]))[0]:
             return id
         with self._added(id) as first:
             if first:
-                self._write(chunk_codec.seal(id, parts, self._terms.level))
+                self._write(chunk_codec.seal(id, whole, self._terms.level))
         return id
 
     def copy(self, chunk: Sealed) -> None:

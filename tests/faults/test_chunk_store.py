@@ -89,6 +89,7 @@ def is_sound(root: Path, promised: set[str]) -> None:
     store.backend.close()
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_at_any_moment_breaks_no_promise(tmp_path: Path) -> None:
     chance = random.Random(1)
     promised: set[str] = set()

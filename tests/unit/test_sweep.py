@@ -22,7 +22,7 @@ from agent.sweep import sweep, verify
 from krgfs.errors import CannotRunHere, Damaged, EngineFailed, KrgError, TryAgain
 
 GRACE_S = 100.0
-PACK_BYTES = 600
+PACK_BYTES = 1000
 CONTENTS = [random.Random(each).randbytes(100 + 40 * (each % 4)) for each in range(12)]
 IDS = [identify([raw]) for raw in CONTENTS]
 NEVER = 1 << 60
@@ -257,6 +257,17 @@ def test_a_writer_that_begins_after_writes_anew(rig: Rig) -> None:
     rig.is_whole()
 
 
+def test_a_writer_learns_what_has_gone_before_it_begins(rig: Rig) -> None:
+    store = rig.open()
+    with store.session() as session:
+        session.add(CONTENTS[1])
+        session.flush()
+    rig.sweep(2)
+    assert rig.names("packs/") == rig.names("condemned/") == [] and store.has(IDS[1])
+    with store.session() as session:
+        assert not session.reuse([IDS[1]]).any()
+
+
 def test_a_writer_that_is_not_renewed_holds_nothing_and_publishes_nothing(rig: Rig) -> None:
     rig.write("app/v1", [1, 2])
     rig.clock.time += 2 * GRACE_S
@@ -359,6 +370,7 @@ def test_damaged_records_hold_nothing_up_for_ever(rig: Rig) -> None:
     assert rig.names("packs/") == rig.names("condemned/") == rig.names("sessions/") == []
 
 
+@pytest.mark.slow
 def test_verify_finds_every_changed_byte_and_nobody_reads_it(rig: Rig) -> None:
     """Each byte of each object in turn: `verify` reports it, reads are right or Damaged."""
     rig.write("app/v1", [0, 1])
@@ -498,11 +510,19 @@ class World:
                     name = sorted(self.images)[number % len(self.images)]
                     self.images.remove(name)
                     self.rig.remove(name)
+                case "clean":
+                    self._clean()
                 case "wait":
                     self.rig.clock.time += (1, 15, 30, 45, 60, 105, 130)[number % 7]
         except OSError:
             SEEN["writer died"] += 1
             writer.died()
+
+    def _clean(self) -> None:
+        """Let go by what it takes that whatever is of no use has gone."""
+        for _ in range(2):
+            self.rig.clock.time += 130
+            self._sweep(NEVER)
 
     def _sweep(self, dies: int) -> None:
         wire = Wire(self.rig.backend)
@@ -543,7 +563,7 @@ class World:
 
 
 WORDS = ["write"] * 4 + ["publish"] * 4 + ["end", "die", "delete", "delete"]
-WORDS += ["sweep"] * 4 + ["dying sweep"] + ["wait"] * 5
+WORDS += ["sweep"] * 4 + ["dying sweep", "clean", "clean"] + ["wait"] * 4
 EVENT = st.tuples(
     st.sampled_from(WORDS),
     st.integers(0, 1),
@@ -567,6 +587,7 @@ def _any_order(events: list[tuple[str, int, int, list[int]]]) -> None:
     world.come_to_rest()
 
 
+@pytest.mark.slow
 def test_whatever_the_order_of_events_images_stay_whole_and_the_rest_goes() -> None:
     SEEN.clear()
     _any_order()
