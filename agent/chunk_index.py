@@ -122,7 +122,7 @@ class Index:
             self._load(new)
 
     def _load(self, new: list[tuple[PackId, Entry]]) -> None:
-        if len(new) < 2:
+        if len(new) < READERS:
             tables = [self._table(*each) for each in new]
         else:
             with ThreadPoolExecutor(READERS) as pool:

@@ -221,6 +221,26 @@ def test_a_second_copy_stays_when_the_first_is_damaged(rig: Rig) -> None:
     rig.is_whole()
 
 
+def test_of_two_copies_that_are_condemned_both_one_stays(rig: Rig) -> None:
+    stores = [rig.open(), rig.open()]
+    with stores[0].session() as one, stores[1].session() as two:
+        for session, contents in ((one, (0, 1, 2)), (two, (0, 5, 6))):
+            for each in contents:
+                session.add(CONTENTS[each])
+        one.flush()
+        two.flush()
+    rig.clock.time += 2 * GRACE_S
+    with rig.open().session() as session:
+        rig.sweep(1, wait_s=1)
+        assert rig.swept.condemned_chunks == 6
+        assert session.reuse([IDS[0], IDS[1], IDS[5]]).all()
+        session.flush()
+        session.publish("app/v1", manifest([IDS[0], IDS[1], IDS[5]]))
+    for _ in range(4):
+        rig.sweep()
+        rig.is_whole()
+
+
 def test_a_writer_that_began_before_keeps_what_it_reuses(rig: Rig) -> None:
     rig.write("app/v1", [1, 2])
     rig.clock.time += 2 * GRACE_S
@@ -573,7 +593,7 @@ EVENT = st.tuples(
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(EVENT, min_size=20, max_size=40))
+@given(st.lists(EVENT, min_size=15, max_size=35))
 def _any_order(events: list[tuple[str, int, int, list[int]]]) -> None:
     world = World()
     try:
