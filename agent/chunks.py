@@ -51,6 +51,8 @@ class ChunkStore:
     def __init__(self, backend: Backend, terms: Terms, id: str) -> None:
         self.backend, self.terms, self.id = backend, terms, id
         self.index = Index(backend)
+        self.sweeping = threading.Lock()
+        self._alive: dict[str, frozenset[str]] = {}
 
     @classmethod
     def open(
@@ -75,16 +77,25 @@ class ChunkStore:
     def session(self, *, sweeps: bool = False) -> Iterator[Session]:
         """Be a writer. Leaving forgets what was not flushed."""
         life = Life(self.backend, self.terms, sweeps)
+        self._alive[life.name] = frozenset()  # before it looks what is condemned
         try:
             session = Session(self.backend, self.index, self.terms, life)
+            self._alive[life.name] = session.knows
             self.refresh()  # after what is condemned: what is no longer so has gone
         except BaseException:
+            del self._alive[life.name]
             life.end()
             raise
         try:
             yield session
         finally:
             session.close()
+            del self._alive[life.name]
+
+    def alive(self) -> dict[str, frozenset[str]]:
+        """Return the sessions of this process by the names of their records, each with the names of
+        the lists of condemned chunks that it knows."""
+        return self._alive.copy()
 
     def refresh(self) -> None:
         """Learn of the packs that others wrote or removed."""

@@ -9,7 +9,7 @@ session itself, so that of two at once at most one goes on, and one that stalled
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,20 +42,40 @@ class Swept(NamedTuple):
     kept: tuple[str, ...]  # sentences: packs that were left alone because they are damaged
 
 
-def sweep(store: ChunkStore, named: Named) -> Swept:
+def _nothing() -> None:
+    pass
+
+
+def sweep(
+    store: ChunkStore,
+    named: Named,
+    *,
+    alone: bool = False,
+    check: Callable[[], None] = _nothing,
+) -> Swept:
     """Condemn what no manifest names now, and remove what was condemned long enough ago.
 
-    Damaged, with nothing removed, when a manifest cannot be read: its chunks are not known.
+    `alone` promises that nobody but this ChunkStore writes to the back end: then what is condemned
+    waits for its sessions alone, and not for the grace. `check` is called now and then and may
+    raise. Damaged, with nothing removed, when a manifest cannot be read: its chunks are not known.
     TryAgain when another sweep is at work. An OSError leaves the store sound; go on by sweeping
     again.
     """
-    with store.session(sweeps=True) as session:
-        return _Sweep(store, session).run(named)
+    if not store.sweeping.acquire(blocking=False):
+        raise TryAgain("another sweep of the image store is at work; try again in a moment")
+    try:
+        with store.session(sweeps=True) as session:
+            return _Sweep(store, session, alone, check).run(named)
+    finally:
+        store.sweeping.release()
 
 
 class _Sweep:
-    def __init__(self, store: ChunkStore, session: Session) -> None:
+    def __init__(
+        self, store: ChunkStore, session: Session, alone: bool, check: Callable[[], None]
+    ) -> None:
         self._store, self._session = store, session
+        self._alone, self._check = alone, check
         self._backend, self._index = store.backend, store.index
         self._grace_s = store.terms.grace_s
         self._now = self._backend.now()
@@ -70,7 +90,7 @@ class _Sweep:
         lists = chunk_records.condemned(self._backend)
         self._condemned = chunk_records.joined(lists)
         # After the sessions were listed: what the ended ones published is among these.
-        self._named = needed(self._store, named)
+        self._named = needed(self._store, named, self._check)
         self._rows = in_order(self._index.rows())
         waiting = []
         for each in lists:
@@ -94,6 +114,9 @@ class _Sweep:
         """Return the records of other sessions that are dead, and those that live."""
         mine = self._session.life.name
         others = [each for each in chunk_records.sessions(self._backend) if each.name != mine]
+        if self._alone:
+            here = self._store.alive()
+            return [each.name for each in others if each.name not in here], []
         live = [each for each in others if each.lives(self._now, self._grace_s)]
         for each in live:
             if each.sweeps:
@@ -108,9 +131,15 @@ class _Sweep:
         return {pack: each for each in entries if (pack := packs.id_of(each.name)) is not None}
 
     def _is_old(self, modified: float) -> bool:
-        return self._now - modified > self._grace_s
+        return self._alone or self._now - modified > self._grace_s
 
     def _is_due(self, each: Condemned, live: list[chunk_records.Session]) -> bool:
+        if self._alone:
+            knowing = self._store.alive()
+            del knowing[self._session.life.name]
+            return all(each.name in known for known in knowing.values()) and (
+                each.copies is not None or not knowing
+            )
         if each.copies is None:  # nobody removes what it named; whoever reads it fears the worst
             return not live
         until = each.modified + self._grace_s / SLACK
@@ -122,6 +151,7 @@ class _Sweep:
         """Remove the copies of a list as far as nobody has come to need them; then the list."""
         partly: list[tuple[PackId, Rows]] = []
         for pack, dead in self._dead_in(each):
+            self._check()
             rows = self._rows_of(pack)
             dead &= ~self._needs(rows, dead)
             if dead.all():
@@ -174,6 +204,7 @@ class _Sweep:
     def _copy(self, pack: PackId, rows: Rows) -> bool:
         """Write these chunks of a pack anew; where one is damaged the pack is left alone."""
         for span in spans(rows):
+            self._check()
             places = [self._index.place(row) for row in span]
             try:
                 chunks = read_span(self._backend, places)
@@ -241,10 +272,11 @@ class _Sweep:
         return chunk_records.by_id(self._index.pack_ids(rows), rows["id"])
 
 
-def needed(store: ChunkStore, named: Named) -> Keys:
+def needed(store: ChunkStore, named: Named, check: Callable[[], None] = _nothing) -> Keys:
     """Return the ids of all chunks that manifests name; Damaged when one cannot be read."""
     ids = [np.empty(0, dtype="V32")]
     for name, data in chunk_records.manifests(store.backend):
+        check()
         try:
             ids.append(sorted_keys(as_ids(named(data))).keys)
         except Damaged as exc:
