@@ -201,6 +201,12 @@ class Index:
         """Return the rows of all chunks, in no order."""
         return np.concatenate([np.empty(0, dtype=ROW), *(rows for _, rows in self._segments)])
 
+    def totals(self) -> tuple[int, int, int]:
+        """Return how many packs and chunks there are, and the stored bytes of all chunks."""
+        rows = [segment.rows for segment in self._segments]
+        stored = sum(int(each["stored"].sum(dtype=np.int64)) for each in rows)
+        return len(self._numbers), sum(map(len, rows)), stored
+
     def pack_ids(self, rows: Rows) -> npt.NDArray[np.void]:
         """Return the pack of each row, as 16 bytes."""
         known: npt.NDArray[np.void] = np.frombuffer(self._ids, dtype="V16")

@@ -344,8 +344,21 @@ class Images:
         await durable.run(f"cannot remove {app}", work)
 
     async def usage(self) -> model.Store:
-        """Return the room in the back end."""
-        return await durable.run("cannot look at the image store", self.backend.room)
+        """Return the room in the back end, and what is in it as far as this node has learnt."""
+
+        def work() -> model.Store:
+            packs, chunks, stored = self.store.index.totals()
+            return replace(
+                self.backend.room(),
+                kind=type(self.backend).__name__.removesuffix("Backend").lower(),
+                packs=packs,
+                chunks=chunks,
+                stored_bytes=stored,
+                last_sweep=self._noted("sweep"),
+                last_verify=self._noted("verify"),
+            )
+
+        return await durable.run("cannot look at the image store", work)
 
     async def sweep(self) -> Swept:
         """Remove what no image names, of any node that writes here; raises as `sweep.sweep`."""
@@ -361,6 +374,12 @@ class Images:
         """Remember, across our own end, when something was done to the whole store."""
         with open(self.places.mark(what), "w", encoding="ascii"):
             pass
+
+    def _noted(self, what: str) -> float:
+        try:
+            return os.stat(self.places.mark(what)).st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     # -- after a crash
 

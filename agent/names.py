@@ -98,6 +98,7 @@ def image_of(manifest: Manifest, own: bool) -> Image:
         freeze_ms=manifest.freeze_ms,
         logical_bytes=manifest.logical_bytes,
         stored_bytes=manifest.stored_bytes,
+        new_bytes=manifest.new_bytes,
         desc=manifest.desc,
         digest=manifest.digest,
         own=own,

@@ -116,6 +116,7 @@ def _image_facts(image: Image) -> dict[str, object]:
         "freeze_ms": f"{image.freeze_ms:.1f}",
         "logical_bytes": image.logical_bytes,
         "stored_bytes": image.stored_bytes,
+        "new_bytes": image.new_bytes,
         "digest": image.digest,
         "complete": "yes",
         "owner": image.uid,

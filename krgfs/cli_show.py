@@ -113,17 +113,32 @@ class Version(NamedTuple):
     stored_bytes: int
     copies: int
     labels: tuple[str, ...]
+    new_bytes: int
     desc: str
+
+    @property
+    def shared_bytes(self) -> int:
+        """What was stored already, for other images, when this one was made."""
+        return max(0, self.stored_bytes - self.new_bytes)
+
+    def facts(self) -> dict[str, object]:
+        shares = {"shared_bytes": self.shared_bytes, "ratio": ratio_of(*self[5:7])}
+        return {**self._asdict(), **shares}
+
+
+def ratio_of(logical_bytes: int, stored_bytes: int) -> float | None:
+    """Return how many bytes one that is stored stands for, None where none is."""
+    return round(logical_bytes / stored_bytes, 2) if stored_bytes else None
 
 
 def version_of(app: str, line: str) -> Version:
     """Parse a line of an index; the description is all the rest."""
-    words = line.split(" ", 8)
-    version, created, node, freeze_ms, logical, stored, copies, labels = words[:8]
+    words = line.split(" ", 9)
+    version, created, node, freeze_ms, logical, stored, copies, labels, new = words[:9]
     names = () if labels == "-" else tuple(labels.split(","))
-    desc = words[8] if len(words) > 8 else ""
+    desc = words[9] if len(words) > 9 else ""
     sizes = (int(logical), int(stored), int(copies))
-    return Version(app, version, created, node, float(freeze_ms), *sizes, names, desc)
+    return Version(app, version, created, node, float(freeze_ms), *sizes, names, int(new), desc)
 
 
 def _complete_app(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -138,14 +153,18 @@ def _complete_app(ctx: click.Context, param: click.Parameter, incomplete: str) -
 @at_mount
 @pass_files
 def images(files: Files, app: str | None, as_json: bool) -> None:
-    """List the images, of all apps whose images you may see or of APP."""
+    """List the images, of all apps whose images you may see or of APP.
+
+    SHARED is what of STORED was there already when the image was made, RATIO how many bytes of SIZE
+    one that is stored stands for.
+    """
     if app is None:
         found = [each for name in sorted(files.names("images")) for each in _seen(files, name)]
     else:
         name = app.removeprefix(files.path("images")).strip("/").removeprefix("images/")
         found = _versions(files, name)
     if as_json:
-        print_json([each._asdict() for each in found])
+        print_json([each.facts() for each in found])
         return
     several = len({each.node for each in found}) > 1
     columns = [
@@ -155,6 +174,8 @@ def images(files: Files, app: str | None, as_json: bool) -> None:
         Column("FROZEN", right=True),
         Column("SIZE", right=True),
         Column("STORED", right=True),
+        Column("SHARED", right=True),
+        Column("RATIO", right=True),
         Column("LABELS", least=6),
         Column("DESC", least=6, prose=True),
     ]
@@ -168,12 +189,30 @@ def images(files: Files, app: str | None, as_json: bool) -> None:
             else f"{each.freeze_ms:.0f}ms",
             size(each.logical_bytes),
             size(each.stored_bytes),
+            size(each.shared_bytes),
+            _ratio(each.logical_bytes, each.stored_bytes),
             ",".join(each.labels),
             each.desc,
         )
         for each in found
     ]
-    click.echo(table(columns, rows, width()), nl=False)
+    totals = f"\n{_totals(files.pairs('store', 'status'))}\n" if app is None else ""
+    click.echo(table(columns, rows, width()) + totals, nl=False)
+
+
+def _ratio(logical_bytes: int, stored_bytes: int) -> str:
+    ratio = ratio_of(logical_bytes, stored_bytes)
+    return "" if ratio is None else f"{ratio:.1f}"
+
+
+def _totals(store: dict[str, str]) -> str:
+    logical, stored = int(store["logical_bytes"]), int(store["stored_bytes"])
+    ratio = _ratio(logical, stored) or "-"
+    damaged = "" if store["damaged"] == "0" else f", {store['damaged']} damaged"
+    return (
+        f"The store has {store['images']} images{damaged}: {size(logical)} in {size(stored)} "
+        f"of {store['chunks']} chunks, ratio {ratio}."
+    )
 
 
 def _seen(files: Files, app: str) -> list[Version]:

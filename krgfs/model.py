@@ -205,8 +205,9 @@ class App(Value, frozen=True, kw_only=True):
 class Image(Value, frozen=True, kw_only=True):
     """One committed version, as listings show it; the manifest has the rest.
 
-    `own` is true when this agent dumped it itself (an import is never own). `damaged` names what
-    does not match the manifest, empty while nothing is known to be wrong.
+    `own` is true when this agent dumped it itself (an import is never own). `new_bytes` of the
+    stored ones nobody had stored before. `damaged` names what does not match the manifest, empty
+    while nothing is known to be wrong.
     """
 
     app: str
@@ -218,6 +219,7 @@ class Image(Value, frozen=True, kw_only=True):
     freeze_ms: float = 0.0
     logical_bytes: int = 0
     stored_bytes: int = 0
+    new_bytes: int = 0
     copies: int = 1
     desc: str = ""
     digest: str = ""
@@ -269,13 +271,20 @@ class Node(Value, frozen=True, kw_only=True):
 
 
 class Store(Value, frozen=True, kw_only=True):
-    """Room in the image store: bytes, as statfs(2) of the store says."""
+    """Room in the image store: bytes, as statfs(2) of the store says; and what it holds, `kind` the
+    kind of its back end, `last_sweep` and `last_verify` of this node."""
 
     total: int = 0
     free: int = 0
     available: int = 0
     files: int = 0
     files_free: int = 0
+    kind: str = ""
+    packs: int = 0
+    chunks: int = 0
+    stored_bytes: int = 0
+    last_sweep: float = 0.0
+    last_verify: float = 0.0
 
 
 class LogLine(Value, frozen=True, kw_only=True):

@@ -141,6 +141,26 @@ def node_load(node: Node) -> bytes:
     )
 
 
+def store_status(view: View) -> bytes:
+    """Write what the image store holds; of the images, those of this cluster."""
+    store = view.store
+    images = [image for versions in view.images.values() for image in versions.values()]
+    return flat(
+        {
+            "kind": store.kind,
+            "packs": store.packs,
+            "chunks": store.chunks,
+            "stored_bytes": store.stored_bytes,
+            "images": len(images),
+            "logical_bytes": sum(image.logical_bytes for image in images),
+            "damaged": sum(bool(image.damaged) for image in images),
+            "free_bytes": store.available,
+            "last_sweep": instant(store.last_sweep),
+            "last_verify": instant(store.last_verify),
+        }
+    )
+
+
 def index(app: App, images: Iterable[Image]) -> bytes:
     """Write one line an image, newest last, blanks between; the description is the rest."""
     labels: dict[int, list[str]] = {}
@@ -151,7 +171,8 @@ def index(app: App, images: Iterable[Image]) -> bytes:
         names = ",".join(labels.get(image.version, ())) or "-"
         line = (
             f"v{image.version} {instant(image.created)} {image.node or '-'} {image.freeze_ms:.1f} "
-            f"{image.logical_bytes} {image.stored_bytes} {image.copies} {names} {image.desc}"
+            f"{image.logical_bytes} {image.stored_bytes} {image.copies} {names} "
+            f"{image.new_bytes} {image.desc}"
         )
         lines.append(line.rstrip() + "\n")
     return "".join(lines).encode()

@@ -246,7 +246,7 @@ TABLE: tuple[Row, ...] = (
         "images/APP/index",
         Kind.STATE,
         0o400,
-        "version, time, node, freeze_ms, logical, stored, copies, labels, desc",
+        "version, time, node, freeze_ms, logical, stored, copies, labels, new, desc",
         _index,
         owner=_app_owner,
     ),
@@ -275,6 +275,14 @@ TABLE: tuple[Row, ...] = (
         owner=_version_owner,
     ),
     Row("images/APP/VERSION/FILE", Kind.DATA, 0o400, "", owner=_version_owner),
+    Row("store", Kind.DIR, 0o555, "what the images are kept in"),
+    Row(
+        "store/status",
+        Kind.STATE,
+        0o444,
+        "packs, chunks, stored_bytes, images, logical_bytes, damaged, last_sweep, last_verify",
+        lambda sight, place: render.store_status(sight.view),
+    ),
     Row("jobs", Kind.DIR, 0o555, "accepted verbs and their progress"),
     Row("jobs/JOB", Kind.DIR, 0o555, "", owner=_job_owner),
     Row(

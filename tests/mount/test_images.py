@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -203,7 +204,7 @@ def test_versions_count_up_and_no_number_comes_back(
     assert shared_site.write(path, "desc='third of all'") == f"{app.name}/v3\n"
     index = (app / "index").read_text().splitlines()
     assert [line.split()[0] for line in index] == ["v1", "v3"]
-    assert index[1].endswith(" - third of all") and " n1 " in index[1]
+    assert re.search(r" n1 .* - \d+ third of all$", index[1])
 
 
 def test_a_directory_of_plain_criu_is_taken_by_mv(

@@ -26,7 +26,7 @@ from krgfs import (
 )
 from krgfs.cli_files import Files
 from krgfs.cli_table import Column
-from krgfs.model import App, Image, Job, Phase
+from krgfs.model import App, Image, Job, Phase, View
 from krgfs.verbs import TABLE, Bare, Verb, Word, parse
 
 SAMPLES = {"APP": "blast", "TEXT": "two words", "TIME": "10m", "SIGNAL": "USR1"}
@@ -65,11 +65,13 @@ def tree(tmp_path):
         "nodes/n1",
         "nodes/n2",
         "jobs/7",
+        "store",
     ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "images/blast/latest").symlink_to("v2")
     (tmp_path / "images/blast/before-lr").symlink_to("v1")
     (tmp_path / "images/blast/index").touch()
+    (tmp_path / "store/status").write_bytes(render.store_status(View()))
     return tmp_path
 
 
@@ -165,6 +167,7 @@ def test_an_index_that_the_mount_writes_is_read_back():
         freeze_ms=210.4,
         logical_bytes=1 << 30,
         stored_bytes=5 << 20,
+        new_bytes=1 << 20,
         desc="a text of  several words",
     )
     (line,) = render.index(app, [image]).decode().splitlines()
@@ -172,6 +175,8 @@ def test_an_index_that_the_mount_writes_is_read_back():
     assert found.version == "v3" and found.node == "n1" and found.freeze_ms == 210.4
     assert (found.logical_bytes, found.stored_bytes, found.copies) == (1 << 30, 5 << 20, 1)
     assert found.labels == ("before-lr", "good") and found.desc == "a text of  several words"
+    assert (found.new_bytes, found.shared_bytes) == (1 << 20, 4 << 20)
+    assert (found.facts()["ratio"], found.facts()["shared_bytes"]) == (204.8, 4 << 20)
     bare_line = render.index(
         App(name="blast", uid=0), [Image(app="blast", version=1, created=1.0, node="n1", uid=0)]
     )

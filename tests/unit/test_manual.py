@@ -288,6 +288,7 @@ FLAT = {
     f"{PROC}/status Pq 0444": lambda: keys(render.process_status("n1", os.getpid(), None)),
     "nodes/NODE/info Pq 0444": node_info,
     "nodes/NODE/load Pq 0444": lambda: keys(render.node_load(Node(name="n1", load=Load()))),
+    "store/status Pq 0444": lambda: keys(render.store_status(View())),
     "jobs/JOB/status Pq 0444": lambda: keys(render.job_status(JOB)),
     "metrics Pq 0444": metric_names,
     "events Pq 0444": lambda: set(first_arguments("event")),
