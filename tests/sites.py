@@ -40,7 +40,9 @@ def until(condition: Callable[[], object], what: str, seconds: float = DEADLINE_
 class Site:
     """One agent and one mount. A context manager that leaves nothing behind."""
 
-    def __init__(self, freezer: str = "auto", node: str = "n1") -> None:
+    def __init__(
+        self, freezer: str = "auto", node: str = "n1", options: tuple[str, ...] = ()
+    ) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="krg-site-"))
         self.mnt = self.base / "krg"
         self.state = self.base / "state"
@@ -50,6 +52,7 @@ class Site:
         self.mount_program = [str(BIN / "krgfs")]
         self.environment: dict[str, str] = {}
         self._freezer = freezer
+        self._options = options
         self.agent: subprocess.Popen[bytes] | None = None
         self.mount: subprocess.Popen[bytes] | None = None
 
@@ -81,7 +84,7 @@ class Site:
 
     def start_agent(self, *options: str) -> None:
         command = [*self.program, "--state", str(self.state), "--run", str(self.run)]
-        command += ["--node", self.node, "--freezer", self._freezer, *options]
+        command += ["--node", self.node, "--freezer", self._freezer, *self._options, *options]
         self.agent = self._daemon(command, "agent.log")
         until(lambda: self._is_up(self.agent, (self.run / "agent.sock").exists()), "agent up")
 
