@@ -30,7 +30,10 @@ FULL = manifest_of(
     timings={"dump_ms": 30.25},
     logical_bytes=10,
     stored_bytes=4096,
-    files={"a.img": FileSum(10, "00")},
+    new_bytes=512,
+    network="3104d1cb-d0d5-4faa-aef4-1f4cee5c7a3d",
+    recipe="11",
+    files={"a.img": FileSum(10, "00"), "b.img": FileSum(5)},
 )
 
 
