@@ -14,7 +14,7 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "errors facts cli_table cli_criu",
     "model pending",
     "verbs",
-    "wire",
+    "wire policy",
     "render places",
     "table",
     "tree",
@@ -29,10 +29,12 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "cli",
 )
 HEIGHT = {f"krgfs.{name}": at for at, line in enumerate(KRGFS) for name in line.split()}
-FOR_BOTH = {"krgfs", "krgfs.errors", "krgfs.model", "krgfs.verbs", "krgfs.wire", "krgfs.facts"}
+BOTH = ("errors", "model", "verbs", "policy", "wire", "facts")
+FOR_BOTH = {"krgfs", *(f"krgfs.{name}" for name in BOTH)}
 ADAPTER = {"krgfs.attributes", "krgfs.edits", "krgfs.fuse", "krgfs.mount"}
 PYFUSE3 = ADAPTER | {"krgfs.doctor"}  # doctor tries whether it is there
 CRIU = ("agent.criu", "agent.keepers")  # what the names of rooms begin with that know its options
+STORE = ("agent.backend", "agent.packs", "agent.chunk", "agent.sweep", "agent.durable")
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -101,6 +103,16 @@ def test_the_agent_imports_what_both_sides_share_and_has_no_circle() -> None:
     shared = {name: wanted & (OURS.keys() | {"krgfs"}) for name, wanted in AGENT.items()}
     assert {name: wanted - FOR_BOTH for name, wanted in shared.items() if wanted - FOR_BOTH} == {}
     TopologicalSorter(AGENT).prepare()
+
+
+def test_the_store_of_chunks_knows_nothing_of_images() -> None:
+    above = {
+        name: others
+        for name, wanted in AGENT.items()
+        if name.startswith(STORE)
+        and (others := {each for each in wanted & AGENT.keys() if not each.startswith(STORE)})
+    }
+    assert above == {}
 
 
 def test_nobody_but_criu_and_keepers_builds_command_lines_of_criu() -> None:
