@@ -91,6 +91,11 @@ def for_dump(
                 "commits while the network is locked: killed later, the tree would hang up on "
                 "its peers",
             ),
+            (
+                ("--action-script", str(work / "gate")),
+                not is_ended,
+                "waits until all is read: the pipes hold its memory itself, and it would change it",
+            ),
             (("--manage-cgroups=ignore",), True, "the cgroup is chosen at restart, not ours there"),
             (
                 ("--freeze-cgroup", frozen.cgroup if frozen else ""),
@@ -176,7 +181,7 @@ def for_restore(
     return _chosen(
         (
             (("--images-dir", str(images)), True, "where the socket is that serves the image"),
-            (("--stream",), True, "out of memory: nothing is unpacked first"),
+            (("--stream",), not lazy, "out of memory: nothing is unpacked first"),
             (("--work-dir", str(work)), True, "an image is not written to"),
             (("--log-file", "restore.log", LEVEL), True, "names what an error is of"),
             (("--no-default-config",), True, "what /etc/criu says is meant for containers"),
