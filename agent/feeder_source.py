@@ -57,6 +57,7 @@ class Directory:
 KINDS: Mapping[str, Callable[[str], PageSource]] = {
     "directory": Directory,
 }
+"""What makes a source of a place. It reads nothing yet: only a `read_into` is tried again."""
 
 
 def open_source(word: str) -> PageSource:
