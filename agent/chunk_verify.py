@@ -54,25 +54,35 @@ class _PackReport(NamedTuple):
     size: int
 
 
-def verify(store: ChunkStore, named: Named) -> Report:
+def _nobody(read_bytes: int) -> None:
+    pass
+
+
+def verify(store: ChunkStore, named: Named, told: Callable[[int], None] = _nobody) -> Report:
     """Read every byte of every object, decompress and compare with what it is to be.
 
     What is written or removed meanwhile does no harm. OSError, other than a disk's EIO, passes.
+    `told` is told, in the caller's thread, of the size of each pack that was read, and may raise.
     """
     entries = [
         entry for entry in store.backend.list(packs.PREFIX) if packs.id_of(entry.name) is not None
     ]
     with ThreadPoolExecutor(READERS) as pool:
-        found = [each for each in pool.map(lambda e: _pack(store.backend, e), entries) if each]
+        found = []
+        for each in pool.map(lambda e: _pack(store.backend, e), entries):
+            if each is not None:
+                found.append(each)
+                told(each.size)
     good = sorted_keys(np.concatenate([np.empty(0, dtype="V32"), *(each.good for each in found)]))
     bad = _bad_records(store.backend)
     bad += [each for pack in found for each in pack.bad]
+    unreadable = {name for each in found if not len(each.rows) for name, _ in each.bad}
     images, lacking = 0, []
     store.refresh()
     for name, data in chunk_records.manifests(store.backend):
         images += 1
         try:
-            absent = _lacking(store, list(named(data)), good)
+            absent = _lacking(store, list(named(data)), good, unreadable)
         except Damaged as exc:
             bad.append((name, exc.message))
             continue
@@ -89,11 +99,18 @@ def verify(store: ChunkStore, named: Named) -> Report:
     )
 
 
-def _lacking(store: ChunkStore, ids: list[ChunkId], good: Keys) -> tuple[ChunkId, ...]:
-    """Return those of no good copy; what came to be after the packs were listed is read now."""
+def _lacking(
+    store: ChunkStore, ids: list[ChunkId], good: Keys, unreadable: set[str]
+) -> tuple[ChunkId, ...]:
+    """Return those of no good copy; what came to be after the packs were listed is read now. A pack
+    whose table was damaged under us is of use to us alone, and not after our end."""
     absent = np.nonzero(~good.has(as_ids(ids)))[0]
     lost = []
     for id in dict.fromkeys(ids[at] for at in absent):
+        places = store.index.places(id)
+        if places and all(place.pack in unreadable for place in places):
+            lost.append(id)
+            continue
         try:
             store.read(id)
         except Damaged:

@@ -28,12 +28,22 @@ from krgfs.errors import (
     Withdrawn,
 )
 from krgfs.model import App, Caller, Image, Import, Tree
-from krgfs.verbs import VERSION, Cancel, Checkpoint, Command, Freeze, Restart, Signal
+from krgfs.verbs import (
+    VERSION,
+    Cancel,
+    Checkpoint,
+    Command,
+    Freeze,
+    Restart,
+    Signal,
+    Sweep,
+    Verify,
+)
 
 from . import criu, names, procs
 from .jobs import Running
 from .manifest import Manifest
-from .ops import checkpoint, freeze, restart
+from .ops import checkpoint, freeze, restart, store
 from .parts import Parts
 from .procs import ProcessTree
 from .state import refusal_line
@@ -98,6 +108,9 @@ class Desk:
         if isinstance(command, Restart):
             job = await self._restart(request, command)
             return wire.Accepted(id=request.id, job=job.id)
+        if isinstance(command, Verify | Sweep):
+            job = await self._on_store(request, command)
+            return wire.Accepted(id=request.id, job=job.id)
         tree = procs.look(_number(request.object), request.start)
         procs.may(caller, tree)
         is_member = procs.is_member(tree, caller.pid)
@@ -128,6 +141,41 @@ class Desk:
             lambda job: restart.restart(self._parts, job, app, image, command),
             uid=image.uid,
         )
+
+    async def _on_store(self, request: wire.Submit, command: Command) -> Running:
+        operation = self._store_operation(request.caller, command)
+        joined = await self._joined(request, request.object)
+        if joined and request.caller.owns(joined.job.uid):  # who joins reads its log
+            return joined
+        return await self._parts.jobs.start(
+            request.verb, request.object, request.text, request.caller, frozenset(), operation
+        )
+
+    def _store_operation(
+        self, caller: Caller, command: Command
+    ) -> Callable[[Running], Awaitable[str]]:
+        match command:
+            case Verify(image=None) | Sweep() if not caller.is_root:
+                raise NotYours("only root may do this to the whole store; name images of yours")
+            case Verify(image=None):
+                return lambda job: store.verify_all(self._parts, job)
+            case Verify(image=verbs.ImageRef() as ref):
+                wanted = self._images(caller, ref)
+                return lambda job: store.verify(self._parts, job, wanted)
+            case Sweep():
+                return lambda job: store.sweep(self._parts, job)
+            case _:
+                raise BadWords(f"{type(command).__name__} is no verb of the store")
+
+    def _images(self, caller: Caller, ref: verbs.ImageRef) -> list[Image]:
+        """Return the images of the caller's that a name without or with a version means."""
+        if ref.version:
+            app, image = names.resolve(self._state, ref)
+            self._app(caller, app.name)
+            return [image]
+        self._app(caller, ref.app)
+        versions = self._state.images.get(ref.app, {})
+        return [image for _, image in sorted(versions.items())]
 
     def _refuse_import(self, ref: verbs.ImageRef) -> None:
         imports = self._state.imports.get(ref.app, {})

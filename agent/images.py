@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +29,8 @@ from msgspec.structs import replace
 from krgfs import model, wire
 from krgfs.errors import BadWords, Damaged, Exists
 
-from . import contents, criu_images, durable, pages, sweep, versions
+from . import audit, contents, criu_images, durable, pages, sweep, versions
+from .audit import Audit, Damage
 from .backend import Backend
 from .buffers import BUFFER_BYTES, Buffers
 from .chunk_sessions import Session
@@ -369,6 +370,26 @@ class Images:
             return swept
 
         return await durable.run("cannot sweep the image store", work)
+
+    async def audited(self, told: Callable[[int], None]) -> Audit:
+        """Read the whole store, of all nodes; see audit.everything."""
+
+        def work() -> Audit:
+            found = audit.everything(self.store, f"{self._owner}/", told)
+            self._note("verify")
+            return found
+
+        return await durable.run("cannot verify the image store", work)
+
+    async def audited_one(
+        self, app: str, version: int, told: Callable[[int], None]
+    ) -> list[Damage]:
+        """Read one image; see audit.one."""
+        key = self.key(app, version)
+        return await durable.run(
+            f"cannot verify {app}/v{version}",
+            partial(audit.one, self.store, key, f"{app}/v{version}", told),
+        )
 
     def _note(self, what: str) -> None:
         """Remember, across our own end, when something was done to the whole store."""

@@ -31,6 +31,8 @@ ROOMS = {
     "cancel": "cli_verbs:cancel",
     "ps": "cli_show:ps",
     "images": "cli_show:images",
+    "verify": "cli_images:verify",
+    "sweep": "cli_images:sweep",
     "jobs": "cli_show:jobs",
     "nodes": "cli_show:nodes",
     "log": "cli_show:log",

@@ -41,6 +41,7 @@ STATUS_S = 2.0
 READ_ONLY = "it takes no writes"
 KEPT_REFUSALS = 1000
 OWN_STATE = ("freeze", "wait")
+OWN_JOB = ("restart", "verify", "sweep", "diff")  # read back what that very handle asked for
 RUNS_AGAIN = (Phase.STORING, Phase.FINISHING)  # what durable=no waits for
 
 
@@ -178,7 +179,7 @@ class Handles:
 
     async def _content(self, handle: Handle) -> bytes:
         job = self._client.view.jobs.get(handle.last_job)
-        if job is not None and handle.place.row.verb == "restart":
+        if job is not None and handle.place.row.verb in OWN_JOB:
             return f"{render.read_back(job)}\n".encode()
         content = self._rendered(handle)
         is_verb = handle.place.row.kind is Kind.VERB

@@ -69,6 +69,7 @@ class Phase(enum.StrEnum):
     DUMPING = "dumping"
     STORING = "storing"
     RESTORING = "restoring"
+    READING = "reading"
     FINISHING = "finishing"
     DONE = "done"
     FAILED = "failed"
@@ -86,6 +87,7 @@ FOLLOWS: Mapping[Phase, tuple[Phase, ...]] = {
         Phase.DUMPING,
         Phase.RESTORING,
         Phase.STORING,
+        Phase.READING,
         Phase.FINISHING,
         *FINAL,
     ),
@@ -93,6 +95,7 @@ FOLLOWS: Mapping[Phase, tuple[Phase, ...]] = {
     Phase.DUMPING: (Phase.STORING, *FINAL),
     Phase.STORING: (Phase.FINISHING, *FINAL),
     Phase.RESTORING: (Phase.FINISHING, *FINAL),
+    Phase.READING: (Phase.FINISHING, *FINAL),
     Phase.FINISHING: FINAL,
     Phase.DONE: (),
     Phase.FAILED: (),

@@ -178,13 +178,16 @@ def index(app: App, images: Iterable[Image]) -> bytes:
     return "".join(lines).encode()
 
 
+MOVING = (Phase.DUMPING, Phase.STORING, Phase.RESTORING, Phase.READING)
+
+
 def job_status(job: Job) -> bytes:
     """Write the state of a job; rate and eta only while it moves bytes."""
     end = job.ended or time.time()
     seconds = max(end - job.started, 1e-6)
     rate = job.bytes_done / seconds
     left = max(0, job.bytes_total - job.bytes_done)
-    moving = job.phase in (Phase.DUMPING, Phase.STORING, Phase.RESTORING) and rate > 0
+    moving = job.phase in MOVING and rate > 0
     pairs: dict[str, object] = {
         "id": job.id,
         "verb": job.verb,

@@ -64,12 +64,14 @@ def _outcome(verb: str) -> Callable[[Sight, Place], bytes]:
     return read
 
 
-def _last_restart(sight: Sight, place: Place) -> bytes:
-    return render.last_line(
-        job
-        for job in sight.view.jobs.values()
-        if job.verb == "restart" and sight.uid in (0, job.uid)
-    )
+def _last(verb: str) -> Callable[[Sight, Place], bytes]:
+    def read(sight: Sight, place: Place) -> bytes:
+        jobs = sight.view.jobs.values()
+        return render.last_line(
+            job for job in jobs if job.verb == verb and sight.uid in (0, job.uid)
+        )
+
+    return read
 
 
 def _latest(sight: Sight, place: Place) -> bytes:
@@ -112,7 +114,7 @@ TABLE: tuple[Row, ...] = (
         Kind.VERB,
         0o666,
         "w: APP[/vN|/latest|/LABEL] [words]: restart an image; r: the last outcome",
-        _last_restart,
+        _last("restart"),
         "restart",
     ),
     Row(
@@ -172,7 +174,7 @@ TABLE: tuple[Row, ...] = (
         Kind.VERB,
         0o666,
         "w: APP[/vN] [words]: restart an image on this node",
-        _last_restart,
+        _last("restart"),
         "restart",
     ),
     Row("nodes/NODE/procs", Kind.DIR, 0o555, "the processes, by pid"),
@@ -282,6 +284,30 @@ TABLE: tuple[Row, ...] = (
         0o444,
         "packs, chunks, stored_bytes, images, logical_bytes, damaged, last_sweep, last_verify",
         lambda sight, place: render.store_status(sight.view),
+    ),
+    Row(
+        "store/verify",
+        Kind.VERB,
+        0o666,
+        "w: 1 or APP[/vN]: read all of it; r: the last outcome; jobs/JOB/log names the damage",
+        _last("verify"),
+        "verify",
+    ),
+    Row(
+        "store/sweep",
+        Kind.VERB,
+        0o600,
+        "w 1: remove what no image needs; r: what was freed",
+        _last("sweep"),
+        "sweep",
+    ),
+    Row(
+        "store/diff",
+        Kind.VERB,
+        0o666,
+        "w: APP/vN [to=APP/vM]: what changed; r: how much; jobs/JOB/log has all of it",
+        _last("diff"),
+        "diff",
     ),
     Row("jobs", Kind.DIR, 0o555, "accepted verbs and their progress"),
     Row("jobs/JOB", Kind.DIR, 0o555, "", owner=_job_owner),

@@ -82,6 +82,23 @@ class Cancel(Command, frozen=True, kw_only=True):
     pass
 
 
+class Verify(Command, frozen=True, kw_only=True):
+    """`image` is None for the whole store, and has no version for all images of an app."""
+
+    image: ImageRef | None = None
+
+
+class Sweep(Command, frozen=True, kw_only=True):
+    pass
+
+
+class Diff(Command, frozen=True, kw_only=True):
+    """`to` is None for the latest image of the same app."""
+
+    image: ImageRef
+    to: ImageRef | None = None
+
+
 # -- values: each kind has a parser (raises ValueError with the rest of a sentence) and a formatter
 
 NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_.+~@%:,=-]*\Z")
@@ -135,6 +152,20 @@ def image_ref(text: str) -> ImageRef:
     if version:
         app_name(version)
     return ImageRef(app, version or "latest")
+
+
+def _images_or_all(text: str) -> ImageRef | None:
+    """Parse 1 (everything), APP (all its images) or what image_ref takes."""
+    if text == "1":
+        return None
+    ref = image_ref(text)
+    return ref if text.rstrip("/").endswith(f"/{ref.version}") else ImageRef(ref.app, "")
+
+
+def _images_or_all_text(ref: ImageRef | None) -> str:
+    if ref is None:
+        return "1"
+    return f"images/{ref}" if ref.version else f"images/{ref.app}"
 
 
 def signal_number(text: str) -> int:
@@ -236,7 +267,7 @@ class Bare(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """A row: `who` is owner (the tree's, image's or job's uid, or root) or anyone."""
+    """A row: `who` is owner (the tree's, image's or job's uid, or root), root or anyone."""
 
     name: str
     command: type[Command]
@@ -384,6 +415,32 @@ TABLE: dict[str, Verb] = {
             "bring an image back to life; returns when it runs",
         ),
         Verb("cancel", Cancel, _ONE, (), "owner", "end the job before its commit line"),
+        Verb(
+            "verify",
+            Verify,
+            Bare("image", _images_or_all, _images_or_all_text, "1|APP[/vN|/latest|/LABEL]"),
+            (),
+            "owner",
+            "read every byte of the store, or of images, and compare it with what it is to be",
+        ),
+        Verb("sweep", Sweep, _ONE, (), "root", "remove from the store what no image needs"),
+        Verb(
+            "diff",
+            Diff,
+            Bare("image", image_ref, str, "APP[/vN|/latest|/LABEL]"),
+            (
+                Word(
+                    "to",
+                    "to",
+                    "the later image; the latest of the same app without",
+                    image_ref,
+                    str,
+                    "IMAGE",
+                ),
+            ),
+            "owner",
+            "compare two images: processes, mappings page by page, open files",
+        ),
     )
 }
 

@@ -324,6 +324,8 @@ def test_what_is_no_error_is_none():
         ("signal", "42", "TERM"),
         ("wait", "42"),
         ("cancel", "7"),
+        ("verify",),
+        ("sweep",),
     ],
 )
 def test_without_a_mount_each_command_says_so(words, bare, capsys):

@@ -24,7 +24,7 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "mount",
     "cli_files",
     "cli_options cli_wait cli_words service",
-    "cli_show cli_verbs doctor",
+    "cli_show cli_verbs cli_images doctor",
     "cli_node",
     "cli",
 )

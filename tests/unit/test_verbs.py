@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from krgfs import verbs
 from krgfs.errors import BadWords
-from krgfs.verbs import Cancel, Checkpoint, Freeze, ImageRef, Restart, Signal, Then, Wait
+from krgfs.verbs import (
+    Cancel,
+    Checkpoint,
+    Diff,
+    Freeze,
+    ImageRef,
+    Restart,
+    Signal,
+    Sweep,
+    Then,
+    Verify,
+    Wait,
+)
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9_%][A-Za-z0-9_.+~@%:,=-]{0,40}\Z")
 TEXTS = st.text(
@@ -41,6 +53,13 @@ RESTARTS = st.builds(
     cgroup=st.sampled_from(["own", "caller", "/a/b"]),
     run_async=st.booleans(),
 )
+REFS = st.builds(ImageRef, NAMES, NAMES)
+VERIFIES = st.one_of(
+    st.just(Verify()),
+    st.builds(Verify, image=REFS),
+    st.builds(Verify, image=st.builds(ImageRef, NAMES, st.just(""))),
+)
+DIFFS = st.builds(Diff, image=REFS, to=st.one_of(st.none(), REFS))
 COMMANDS = st.one_of(
     CHECKPOINTS.map(lambda c: ("checkpoint", c)),
     FREEZES.map(lambda c: ("freeze", c)),
@@ -48,6 +67,9 @@ COMMANDS = st.one_of(
     NUMBERS.map(lambda n: ("signal", Signal(number=n))),
     st.just(("wait", Wait())),
     st.just(("cancel", Cancel())),
+    VERIFIES.map(lambda c: ("verify", c)),
+    st.just(("sweep", Sweep())),
+    DIFFS.map(lambda c: ("diff", c)),
 )
 
 
