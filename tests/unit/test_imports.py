@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import trio
@@ -246,21 +247,16 @@ async def test_imports_go_on_beside_each_other(images):
 
 async def test_an_import_cannot_change_while_it_becomes_a_version(images):
     await make(images, 1)
-    source = await contents_of(images)
-    await copied(images, source, "v2.part")
-    outcomes = []
-
-    async def change():
-        await images.imports.write_file("blast", "v2.part", "pstree.img", 0, b"eert")
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(change)
-        try:
-            outcomes.append((await images.finish_import("blast", "v2.part", 2)).ref)
-        except Damaged:
-            outcomes.append(Damaged)
-    if outcomes == ["blast/v2"]:
+    await copied(images, await contents_of(images), "v2")
+    change = partial(images.imports.write_file, "blast", "v2", "pstree.img", 0, b"eert")
+    async with images.imports.examined("blast", "v2", 2):
+        with trio.move_on_after(0.2) as waiting:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(change)
+        assert waiting.cancelled_caught
         assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"tree"
+    await change()
+    assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"eert"
 
 
 # -- directories that plain CRIU wrote
