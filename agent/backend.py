@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 from krgfs import model
 
+DAY_S = 86400.0
 Data = bytes | bytearray | memoryview
 
 
@@ -104,8 +105,8 @@ class Backend(Protocol):
         """Return how much room there is."""
         ...
 
-    def tidy(self) -> None:
-        """Remove what writers that died more than a day ago had not finished."""
+    def tidy(self, older_s: float = DAY_S) -> None:
+        """Remove what writers had not finished that died longer ago than this."""
         ...
 
     def close(self) -> None:
@@ -167,7 +168,7 @@ class MemoryBackend:
             total=self._room_bytes, free=left, available=left, files=1 << 40, files_free=1 << 40
         )
 
-    def tidy(self) -> None:
+    def tidy(self, older_s: float = DAY_S) -> None:
         pass
 
     def close(self) -> None:

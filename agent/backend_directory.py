@@ -16,12 +16,11 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from agent.backend import Data, Entry, Upload, checked, refusal
+from agent.backend import DAY_S, Data, Entry, Upload, checked, refusal
 from krgfs import model
 
 OPEN_FILES = 64
 WINDOW_BYTES = 16 * 1024 * 1024
-LEFT_AFTER_S = 86400.0
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE
@@ -111,8 +110,8 @@ class DirectoryBackend:
             files_free=facts.f_ffree,
         )
 
-    def tidy(self) -> None:
-        before = self.now() - LEFT_AFTER_S
+    def tidy(self, older_s: float = DAY_S) -> None:
+        before = self.now() - older_s
         with os.scandir(self._temporary) as found:
             for each in found:
                 with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from agent.backend import Data, Entry, Upload, checked, refusal
+from agent.backend import DAY_S, Data, Entry, Upload, checked, refusal
 from krgfs import model
 from krgfs.errors import EngineFailed
 
@@ -35,7 +35,6 @@ PART_BYTES = 8 * 1024 * 1024  # S3 takes no less than 5 MiB, and 10000 of them
 PARTS_WAITING = 2
 PARTS_ON_THE_WAY = 4
 PATIENCE_S = 15.0
-LEFT_AFTER_S = 86400.0
 
 _UNLIMITED = 1 << 60
 _MARK = "krgfs-put"  # metadata of an object: which put it is of
@@ -157,8 +156,8 @@ class S3Backend:
             files_free=_UNLIMITED,
         )
 
-    def tidy(self) -> None:
-        before = self.now() - LEFT_AFTER_S
+    def tidy(self, older_s: float = DAY_S) -> None:
+        before = self.now() - older_s
         for folder in (".clock", ".trial"):
             for each in self._listed(folder):
                 if each.modified < before:

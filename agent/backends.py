@@ -13,12 +13,15 @@ import stat
 from collections.abc import Mapping
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import psutil
+
 from agent import durable
 from agent.backend import Backend
 from agent.backend_directory import DirectoryBackend
 from agent.backend_s3 import Bucket, Keys, S3Backend
 from krgfs.errors import BadWords
 
+LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs")
 _FORMS = (
     "write a directory (/var/lib/krgfs or file:///var/lib/krgfs) "
     "or s3://BUCKET/PREFIX?endpoint=http://HOST:PORT&region=WORD"
@@ -48,6 +51,27 @@ def open_backend(location: str, credentials: str | None = None) -> Backend:
     if url.scheme == "s3" and url.netloc and not url.fragment:
         return S3Backend.open(_bucket(url.netloc, url.path, url.query), _keys(credentials))
     raise BadWords(f"no image store: {location!r} is no place for one; {_FORMS}")
+
+
+def is_own(location: str, state_dir: str) -> bool:
+    """Tell whether nobody writes to a location but the agent of this state directory, which is
+    locked: it is a directory below that, and on no filesystem that other machines may mount."""
+    path = location if location.startswith("/") else unquote(urlsplit(location).path)
+    if not location.startswith(("/", "file:")):
+        return False
+    path, above = os.path.realpath(path), os.path.realpath(state_dir)
+    if os.path.commonpath([path, above]) != above:
+        return False
+    return os.stat(path).st_dev == os.stat(above).st_dev or _filesystem(path) in LOCAL
+
+
+def _filesystem(path: str) -> str:
+    """Return the type of the filesystem that a path is on."""
+    found = psutil.disk_partitions(all=True)
+    above = [
+        each for each in found if os.path.commonpath([path, each.mountpoint]) == each.mountpoint
+    ]
+    return max(above, key=lambda each: len(each.mountpoint)).fstype if above else ""
 
 
 def _directory(path: str) -> DirectoryBackend:

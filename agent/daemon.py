@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import platform
-import re
 import signal
 import socket
 import struct
@@ -28,10 +27,12 @@ from msgspec.structs import replace
 
 from krgfs import VERSION, facts, wire
 from krgfs.errors import KrgError, Unreachable, first_of
-from krgfs.model import Caller
+from krgfs.model import Caller, Policy
+from krgfs.policy import UNLIMITED, size, value
 
 from . import figures, keepers, recovery
-from .backends import open_backend
+from .backend_bounded import BoundedBackend, Bounds
+from .backends import is_own, open_backend
 from .criu import Engine
 from .desk import Desk
 from .ends import Ends
@@ -41,8 +42,10 @@ from .jobs import Jobs
 from .journal import Journal
 from .mounts import Mounts
 from .parts import Parts
+from .retention import Retention
 from .state import Outbox, State
 from .store_sqlite import SqliteStore
+from .upkeep import Upkeep
 
 log = logging.getLogger("krg-agent")
 CLAIM_S = 5.0
@@ -62,6 +65,7 @@ class Agent:
             before = {known.holder for known in self._parts.state.trees.values()}
             nursery.start_soon(self._close_unclaimed, before - {0})
             nursery.start_soon(figures.keep, self._parts)
+            nursery.start_soon(self._parts.upkeep.keep)
             await trio.serve_listeners(self._mount, [listener], handler_nursery=nursery)
 
     async def _mount(self, stream: trio.SocketStream) -> None:
@@ -200,6 +204,8 @@ class Settings(NamedTuple):
     images: str = ""
     credentials: str | None = None
     limits: Limits = Limits()
+    bounds: Bounds = Bounds()
+    policy: Policy = Policy()
 
     @property
     def image_store(self) -> str:
@@ -224,10 +230,15 @@ async def assembled(settings: Settings, nursery: trio.Nursery) -> AsyncIterator[
             open_backend, settings.image_store, settings.credentials
         )
         stack.callback(backend.close)
-        images = await Images.open(state_dir, backend, settings.node, settings.limits)
+        bounded = await trio.to_thread.run_sync(BoundedBackend, backend, settings.bounds)
+        alone = is_own(settings.image_store, state_dir)
+        images = await Images.open(state_dir, bounded, settings.node, settings.limits, alone=alone)
         stack.callback(images.close)
         state = State(store, settings.node)
+        state.node = replace(state.node, policy=settings.policy)
         await state.load(facts.BOOT_ID)
+        jobs = Jobs(state, nursery)
+        retention = Retention(state, jobs, images)
         thawing = Freezer.find(settings.freezer)
         yield Parts(
             state=state,
@@ -236,8 +247,10 @@ async def assembled(settings: Settings, nursery: trio.Nursery) -> AsyncIterator[
             engine=engine,
             freezer=thawing,
             mounts=Mounts(),
-            jobs=Jobs(state, nursery),
+            jobs=jobs,
             ends=Ends(state, thawing, nursery),
+            retention=retention,
+            upkeep=Upkeep(state, retention, images, bounded),
             nursery=nursery,
             engines=trio.CapacityLimiter(max(2, os.cpu_count() or 2)),
             run_dir=run_dir,
@@ -280,12 +293,20 @@ async def run(settings: Settings) -> None:
             await Agent(parts).serve(listener)
 
 
-def _bytes(text: str) -> int:
-    """Return a number of bytes: 300000, 64K, 256M, 2G."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)i?B?", text, re.IGNORECASE)
-    if not match:
-        raise click.BadParameter(f"{text!r} is no size; write 256M or 2G", param_hint="--memory")
-    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+def _bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Return a number of bytes: 300000, 64K, 256M, 2G; 0 for max."""
+    try:
+        return text and (0 if text == UNLIMITED else size(text))  # type: ignore[return-value]
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
+
+
+def _kept(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    """Return a value that a policy may have."""
+    try:
+        return value(str(param.name), text)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -296,8 +317,15 @@ def _bytes(text: str) -> int:
 @click.option("--freezer", type=click.Choice(["auto", "v1", "v2"]), default="auto")
 @click.option("--images", default="", help="where images are kept  [STATE/images]")
 @click.option("--credentials", type=click.Path(), help="the file with the keys of an s3:// store")
-@click.option("--memory", default="0", help="most memory for dumps  [a quarter of what is free]")
+@click.option(
+    "--memory", default="0", callback=_bytes, help="most memory for dumps  [a quarter of the free]"
+)
 @click.option("--level", type=click.IntRange(1, 19), default=1, show_default=True, help="of zstd")
+@click.option("--quota", default="max", callback=_bytes, help="most that all images may take")
+@click.option("--floor", callback=_bytes, help="what stays free  [256M, or 1 % where that is less]")
+@click.option("--keep", default="max", callback=_kept, help="how many images of an app stay")
+@click.option("--keep-bytes", default="max", callback=_kept, help="how much of an app stays")
+@click.option("--max-age", default="max", callback=_kept, help="how long images stay")
 @click.option("--verbose", is_flag=True, help="log more")
 def main(
     state_dir: str,
@@ -307,8 +335,13 @@ def main(
     freezer: str,
     images: str,
     credentials: str | None,
-    memory: str,
+    memory: int,
     level: int,
+    quota: int,
+    floor: int | None,
+    keep: int,
+    keep_bytes: int,
+    max_age: int,
     verbose: bool,
 ) -> None:
     """Be this node's agent, in the foreground. See krg-agent(8)."""
@@ -327,7 +360,9 @@ def main(
         freezer,
         images,
         credentials,
-        Limits(_bytes(memory), level),
+        Limits(memory, level),
+        Bounds(quota, floor),
+        Policy(keep=keep, keep_bytes=keep_bytes, max_age_s=max_age),
     )
     failure: BaseException | None = None
     with only_one(settings.state_dir):

@@ -16,7 +16,7 @@ import trio
 import zstandard
 from msgspec.structs import replace
 
-from krgfs import verbs, wire
+from krgfs import policy, verbs, wire
 from krgfs.errors import (
     BadWords,
     Busy,
@@ -40,7 +40,7 @@ from krgfs.verbs import (
     Verify,
 )
 
-from . import criu, names, procs
+from . import names, procs
 from .jobs import Running
 from .manifest import Manifest
 from .ops import checkpoint, freeze, restart, store
@@ -281,6 +281,8 @@ class Desk:
                 await self._remove_version(caller, app, name)
             case wire.SetLabel(app=app, label=label, version=version):
                 await self._set_label(self._app(caller, app), label, version)
+            case wire.SetPolicy(app=app, text=text):
+                await self._set_policy(self._app(caller, app), policy.parse(text))
             case wire.RemoveLabel(app=app, label=label):
                 known = self._app(caller, app)
                 labels = {name: n for name, n in known.labels.items() if name != label}
@@ -359,12 +361,14 @@ class Desk:
         if number in self._state.images.get(found.app, {}):
             raise Exists(f"{found.app} has a v{number} already")
         images = self._parts.images
+        await self._parts.upkeep.make_room(f"cannot import {found.app}/{found.name}")
         image = names.image_of(
             await images.finish_import(found.app, found.name, number, manifest), own=False
         )
         with trio.CancelScope(shield=True):
             await self._state.commit(image, names.with_version(app, number), delete=[found])
             await images.imports.remove(found.app, found.name)
+        self._parts.upkeep.look(app.name)
         self._state.event("image.imported", app.uid, image=image.ref)
 
     async def _remove_version(self, caller: Caller, app: str, name: str) -> None:
@@ -373,32 +377,9 @@ class Desk:
             await self._state.commit(delete=[found])
             await self._parts.images.imports.remove(app, name)
             return
-        self._refuse_needed(found)
-        if network := await self._network_held_by(found):
-            await criu.unlock_network(network)
-        self._version(caller, app, name)
-        self._refuse_needed(found)  # somebody may have begun with it meanwhile
-        # ---- commit: the image is gone; its data is removed now, or at the next start
-        await self._state.commit(delete=[found])
-        with trio.CancelScope(shield=True):
-            await self._parts.images.remove(app, found.version)
+        await self._parts.retention.remove(found)
+        self._parts.upkeep.sweep_soon()
         self._state.event("image.removed", found.uid, image=found.ref)
-
-    def _refuse_needed(self, image: Image) -> None:
-        labels = self._state.apps[image.app].labels
-        if pins := [label for label, number in labels.items() if number == image.version]:
-            raise Busy(f"{image.ref} is pinned by the label {pins[0]}; rm the label first")
-        self._parts.jobs.refuse_if_held(frozenset({f"image {image.ref}"}))
-
-    async def _network_held_by(self, image: Image) -> str:
-        """Return the dump of which an image keeps TCP connections, '' when it keeps none, as a copy
-        of another image does: that one may still be restored."""
-        if not image.own:
-            return ""
-        try:
-            return (await self._parts.images.opened(image.app, image.version)).manifest.network
-        except KrgError:
-            return ""  # it is gone or damaged, which must not keep it from being removed
 
     async def _set_label(self, app: App, label: str, version: str) -> None:
         _checked(verbs.label_name, label)
@@ -408,6 +389,14 @@ class Desk:
         if label in app.labels:
             raise Exists(f"{app.name} has a label {label} already; rm it first")
         await self._state.commit(replace(app, labels={**app.labels, label: int(match[1])}))
+
+    async def _set_policy(self, app: App, fields: dict[str, int]) -> None:
+        def changed() -> tuple[App]:
+            known = self._state.apps.get(app.name, app)
+            return (replace(known, policy={**known.policy, **fields}),)
+
+        await self._state.update(changed)
+        self._parts.upkeep.look(app.name)
 
 
 def _nothing(number: int) -> list[Tree]:

@@ -21,6 +21,10 @@ import trio
 
 from krgfs.errors import EngineFailed, Gone, KrgError, NoRoom, OverQuota
 
+MAKE_ROOM = (
+    "remove images that nobody needs (rmdir /krg/images/APP/vN, or keep in its policy), "
+    "then try again"
+)
 WINDOW_BYTES = 64 * 1024 * 1024
 
 T = TypeVar("T")
@@ -63,14 +67,17 @@ def explained(action: str) -> Iterator[None]:
         raise _error(action, exc) from exc
 
 
+def _reason(exc: OSError, text: str) -> str:
+    """Return what an error of ours says, or what is said for one of the kernel's."""
+    said = exc.strerror
+    return said if said and said != os.strerror(exc.errno or 0) else text
+
+
 def _error(action: str, exc: OSError) -> KrgError:
     if exc.errno == errno.ENOSPC:
-        return NoRoom(
-            f"{action}: no room left in the image store; remove images that nobody needs "
-            "(rmdir /krg/images/APP/vN), then try again"
-        )
+        return NoRoom(f"{action}: {_reason(exc, 'no room left in the image store')}; {MAKE_ROOM}")
     if exc.errno == errno.EDQUOT:
-        return OverQuota(f"{action}: the quota is used up; remove images (rmdir), then try again")
+        return OverQuota(f"{action}: {_reason(exc, 'the quota is used up')}; {MAKE_ROOM}")
     if exc.errno in (errno.ENOENT, errno.ENOTDIR):
         return Gone(f"{action}: it is not there")
     if exc.errno == errno.EROFS:

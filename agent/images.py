@@ -31,7 +31,8 @@ from krgfs.errors import BadWords, Damaged, Exists
 
 from . import audit, contents, criu_images, durable, pages, sweep, versions
 from .audit import Audit, Damage
-from .backend import Backend
+from .backend import DAY_S, Backend
+from .backend_bounded import kind_of, unbounded
 from .buffers import BUFFER_BYTES, Buffers
 from .chunk_sessions import Session
 from .chunks import ChunkStore
@@ -94,12 +95,19 @@ class Images:
     """
 
     def __init__(
-        self, state_dir: str, backend: Backend, store: ChunkStore, owner: str, limits: Limits
+        self,
+        state_dir: str,
+        backend: Backend,
+        store: ChunkStore,
+        owner: str,
+        limits: Limits,
+        alone: bool,
     ) -> None:
         self.places = Places(state_dir)
         self.backend, self.store = backend, store
         self.reader = Reader(store)
         self.imports = Imports(self.places, trio.CapacityLimiter(2 * (os.cpu_count() or 1)))
+        self.alone = alone
         self._owner = owner
         self._limits = limits
         self._known: OrderedDict[str, Opened] = OrderedDict()
@@ -108,9 +116,16 @@ class Images:
 
     @classmethod
     async def open(
-        cls, state_dir: str, backend: Backend, owner: str, limits: Limits | None = None
+        cls,
+        state_dir: str,
+        backend: Backend,
+        owner: str,
+        limits: Limits | None = None,
+        *,
+        alone: bool = False,
     ) -> Images:
-        """Use what is below `state_dir` on this node, and the images in `backend`."""
+        """Use what is below `state_dir` on this node, and the images in `backend`, to which nobody
+        else writes when `alone`: what an earlier agent left there is then tidied up at once."""
 
         def prepare() -> Images:
             places = Places(state_dir)
@@ -118,8 +133,9 @@ class Images:
                 os.makedirs(path, 0o700, exist_ok=True)
                 os.chmod(path, 0o700)
             asked = limits or Limits()
+            backend.tidy(0.0 if alone else DAY_S)
             store = ChunkStore.open(backend, level=asked.level)
-            return cls(state_dir, backend, store, owner, asked)
+            return cls(state_dir, backend, store, owner, asked, alone)
 
         return await durable.run(f"cannot keep images in {state_dir}", prepare)
 
@@ -351,7 +367,7 @@ class Images:
             packs, chunks, stored = self.store.index.totals()
             return replace(
                 self.backend.room(),
-                kind=type(self.backend).__name__.removesuffix("Backend").lower(),
+                kind=kind_of(self.backend),
                 packs=packs,
                 chunks=chunks,
                 stored_bytes=stored,
@@ -365,7 +381,9 @@ class Images:
         """Remove what no image names, of any node that writes here; raises as `sweep.sweep`."""
 
         def work() -> Swept:
-            swept = sweep.sweep(self.store, versions.named)
+            check = trio.from_thread.check_cancelled
+            with unbounded(self.backend):
+                swept = sweep.sweep(self.store, versions.named, alone=self.alone, check=check)
             self._note("sweep")
             return swept
 

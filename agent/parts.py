@@ -14,7 +14,9 @@ from .images import Images
 from .jobs import Jobs
 from .journal import Journal
 from .mounts import Mounts
+from .retention import Retention
 from .state import State
+from .upkeep import Upkeep
 
 
 class Parts(NamedTuple):
@@ -28,6 +30,8 @@ class Parts(NamedTuple):
     mounts: Mounts
     jobs: Jobs
     ends: Ends
+    retention: Retention
+    upkeep: Upkeep
     nursery: trio.Nursery
     engines: trio.CapacityLimiter
     run_dir: str

@@ -21,6 +21,12 @@ from .places import Place, Sight, is_import
 from .verbs import VERSION
 
 HIDDEN_S = 5.0
+WITH_THEIR_DIRECTORY = (
+    "images/APP/VERSION/FILE",
+    "images/APP/index",
+    "images/APP/latest",
+    "images/APP/policy",
+)
 
 
 class Edits:
@@ -103,7 +109,7 @@ class Edits:
             app, name, file = place.args
             await self._ask(wire.RemoveFile, caller, app=app, name=name, file=file)
             await self._relist(app, name, caller)
-        elif place.row.path in ("images/APP/VERSION/FILE", "images/APP/index", "images/APP/latest"):
+        elif place.row.path in WITH_THEIR_DIRECTORY:
             self._hide(place)
         else:
             raise pyfuse3.FUSEError(errno.EPERM)

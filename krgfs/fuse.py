@@ -224,7 +224,7 @@ class Mount(pyfuse3.Operations):
         self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         place = self._current(inode, ctx)
-        asks_agent = place.row.kind in (Kind.VERB, Kind.DATA)
+        asks_agent = place.row.kind in (Kind.VERB, Kind.KNOB, Kind.DATA)
         caller = self._caller(ctx) if asks_agent else self._reader(ctx)
         number = self.handles.open(inode, place, caller, flags)
         if place.row.kind is Kind.VERB:

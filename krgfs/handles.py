@@ -203,7 +203,7 @@ class Handles:
 
     def _note(self, handle: Handle, line: str = "") -> None:
         """Remember how a write ended, for whoever of the same user opens the file after it."""
-        if handle.place.row.verb in OWN_STATE:
+        if handle.place.row.kind is Kind.KNOB or handle.place.row.verb in OWN_STATE:
             return
         key = handle.place, handle.caller.uid
         self._refusals.pop(key, None)
@@ -256,7 +256,7 @@ class Handles:
             over = len(self._rendered(handle)) > handle.seen
         else:
             over = True
-        writable = select.POLLOUT if handle.place.row.kind is Kind.VERB else 0
+        writable = select.POLLOUT if handle.place.row.kind in (Kind.VERB, Kind.KNOB) else 0
         return (select.POLLIN if over else 0) | writable
 
     # -- writing
@@ -267,14 +267,17 @@ class Handles:
         row = handle.place.row
         if row.kind is Kind.DATA and row.name == "FILE":
             return await self._import(handle, offset, data)
-        if row.kind is not Kind.VERB:
+        if row.kind not in (Kind.VERB, Kind.KNOB):
             raise Unsupported(f"{tree.path_of(handle.place)}: {READ_ONLY}")
         end = offset + len(data)
         if handle.failed and not data.strip():
             raise handle.failed  # a shell writes a long line in two parts, the newline last
         handle.failed = None
         try:
-            await self._command(handle, data)
+            if row.kind is Kind.KNOB:
+                await self._set(handle, data)
+            else:
+                await self._command(handle, data)
         except KrgError as exc:
             handle.failed = exc
             line = f"error {name_of(exc.errno)} {exc.message}"
@@ -300,16 +303,14 @@ class Handles:
             )
         return len(data)
 
+    async def _set(self, handle: Handle, data: bytes) -> None:
+        (app,) = handle.place.args
+        text = _text(handle.place.row.name, data)
+        await self._client.call(wire.SetPolicy, handle.caller, app=app, text=text)
+
     async def _command(self, handle: Handle, data: bytes) -> None:
         place, caller = handle.place, handle.caller
-        if len(data) > MAX_BYTES:
-            raise BadWords(f"{place.row.verb}: one command a write, at most {MAX_BYTES} bytes")
-        try:
-            text = data.decode().removesuffix("\n")
-        except UnicodeDecodeError as exc:
-            raise BadWords(
-                f"{place.row.verb}: byte {exc.start + 1} is not UTF-8; write the line in UTF-8"
-            ) from exc
+        text = _text(place.row.verb, data)
         try:
             command = parse(place.row.verb, text)
         except BadWords:
@@ -389,6 +390,18 @@ class Handles:
     def _status_is_due(self, handle: Handle) -> bool:
         known = tree_of(self._sight(handle.caller), handle.place)
         return known is not None and known.keeper is not None and not known.ended
+
+
+def _text(what: str, data: bytes) -> str:
+    """Return what was written as text; BadWords where it is too long or none."""
+    if len(data) > MAX_BYTES:
+        raise BadWords(f"{what}: one command a write, at most {MAX_BYTES} bytes")
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as exc:
+        raise BadWords(
+            f"{what}: byte {exc.start + 1} is not UTF-8; write the line in UTF-8"
+        ) from exc
 
 
 def _returns_at_once(command: Command) -> bool:

@@ -190,10 +190,19 @@ class Tree(Value, frozen=True, kw_only=True):
         return self.id.pid
 
 
+class Policy(Value, frozen=True, kw_only=True):
+    """Which images of an app stay; 0 is no bound. Bytes are stored ones, as the images say."""
+
+    keep: int = 0
+    keep_bytes: int = 0
+    max_age_s: int = 0
+
+
 class App(Value, frozen=True, kw_only=True):
     """A name for images, the uid that it belongs to, and the one life that it may have.
 
-    `next_version` only rises: a removed version's number is not given out again.
+    `next_version` only rises: a removed version's number is not given out again. `policy` has the
+    fields of Policy that somebody has written; the others are the node's.
     """
 
     name: str
@@ -203,6 +212,7 @@ class App(Value, frozen=True, kw_only=True):
     labels: dict[str, int] = {}
     incarnation: ProcessId | None = None
     members: tuple[ProcessId, ...] = ()
+    policy: dict[str, int] = {}
 
 
 class Image(Value, frozen=True, kw_only=True):
@@ -264,13 +274,19 @@ class Load(Value, frozen=True, kw_only=True):
 
 
 class Node(Value, frozen=True, kw_only=True):
-    """A machine with an agent: its state word with what belongs to it, facts, and last load."""
+    """A machine with an agent: its state word with what belongs to it, facts, and last load;
+    `policy` is that of apps for which nobody has written one."""
 
     name: str
     state: str = "online"
     unmanaged: int = 0
     info: dict[str, str] = {}
     load: Load = Load()
+    policy: Policy = Policy()
+
+    def policy_of(self, app: App) -> Policy:
+        """Return what holds for an app."""
+        return msgspec.structs.replace(self.policy, **app.policy)
 
 
 class Store(Value, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ class Sight(NamedTuple):
 class Kind(enum.Enum):
     DIR = "dir"
     STATE = "state"
+    KNOB = "knob"
     VERB = "verb"
     LINK = "link"
     GROWING = "growing"

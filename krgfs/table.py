@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import facts, render
+from . import facts, policy, render
 from .model import NOBODY
 from .places import Kind, Place, Row, Sight, node_of, tree_of, version_of
 
@@ -85,6 +85,11 @@ def _label(sight: Sight, place: Place) -> bytes:
 def _index(sight: Sight, place: Place) -> bytes:
     app = sight.view.apps[place.args[0]]
     return render.index(app, sight.view.images.get(app.name, {}).values())
+
+
+def _policy(sight: Sight, place: Place) -> bytes:
+    node = sight.view.nodes[sight.view.node]
+    return render.flat(policy.lines(node.policy_of(sight.view.apps[place.args[0]])))
 
 
 def _job_link(sight: Sight, place: Place) -> bytes:
@@ -250,6 +255,14 @@ TABLE: tuple[Row, ...] = (
         0o400,
         "version, time, node, freeze_ms, logical, stored, copies, labels, new, desc",
         _index,
+        owner=_app_owner,
+    ),
+    Row(
+        "images/APP/policy",
+        Kind.KNOB,
+        0o600,
+        "rw: keep, keep_bytes, max_age: which images stay",
+        _policy,
         owner=_app_owner,
     ),
     Row(

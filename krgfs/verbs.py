@@ -104,7 +104,7 @@ class Diff(Command, frozen=True, kw_only=True):
 NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_.+~@%:,=-]*\Z")
 VERSION = re.compile(r"v([1-9][0-9]{0,9})\Z")
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?\Z")
-RESERVED_LABELS = ("latest", "index")
+RESERVED_LABELS = ("latest", "index", "policy")
 
 
 def quoted(text: str) -> str:
@@ -123,7 +123,7 @@ def app_name(text: str) -> str:
 
 
 def label_name(text: str) -> str:
-    """Return `text` if it can name a label; vN, latest and index mean something already."""
+    """Return `text` if it can name a label; vN, latest, index and policy mean something already."""
     if VERSION.match(text) or text in RESERVED_LABELS:
         raise ValueError(f"{quoted(text)} cannot be a label: it means something already")
     return app_name(text)

@@ -174,6 +174,13 @@ class RemoveLabel(Request, frozen=True, kw_only=True):
     label: str
 
 
+class SetPolicy(Request, frozen=True, kw_only=True):
+    """What was written into images/APP/policy. Answered by Done."""
+
+    app: str
+    text: str
+
+
 class Released(Message, frozen=True, kw_only=True):
     """All pending requests of the pids of a Release have been answered."""
 
@@ -275,6 +282,7 @@ type_of_request = (
     | RemoveVersion
     | SetLabel
     | RemoveLabel
+    | SetPolicy
 )
 ToAgent = Hello | Released | type_of_request
 ToMount = Welcome | Accepted | Done | Data | Files | Failed | Release | Resume | Change

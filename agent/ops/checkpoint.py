@@ -41,6 +41,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
     try:
         app = names.app_for(parts.state, tree, words.name)
         _refuse_orphans(tree, words)
+        await parts.upkeep.make_room(f"cannot checkpoint process {tree.pid}")
         ends = await trio.to_thread.run_sync(outside.ends, tree)
         partial = SpoolOpened(parts.images.places.spool(job.id))
         async with (
@@ -54,6 +55,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
                 image = await _make_image(parts, job, tree, words, app, ends, frozen, intent, spool)
                 await afterwards(parts, job, tree, words.then, frozen)
     except BaseException as exc:
+        parts.upkeep.sweep_soon()
         job.note(fate=procs.fate(tree))
         if isinstance(exc, KrgError):
             exc.fate = procs.fate(tree)  # what it was while we held it is past
@@ -195,6 +197,7 @@ async def _commit(
     job.note(line=image.ref)
     parts.ends.watch(freeze.record_of(parts, tree))
     parts.state.event("image.committed", image.uid, image=image.ref, pid=tree.pid)
+    parts.upkeep.look(image.app)
     return image
 
 

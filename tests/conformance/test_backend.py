@@ -24,8 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent import backend_directory
-from agent.backend import MemoryBackend
+from agent.backend import DAY_S, MemoryBackend
 from agent.backend_directory import DirectoryBackend
 from agent.backend_s3 import PART_BYTES, Bucket, Keys, S3Backend
 from agent.backends import open_backend
@@ -364,7 +363,7 @@ def test_a_writer_that_is_killed_leaves_whole_objects_or_none(directory, tmp_pat
 
 def test_what_the_dead_left_is_tidied_away_a_day_later(directory):
     old, young = directory.create("packs/1"), directory.create("packs/2")
-    day_ago = directory.now() - backend_directory.LEFT_AFTER_S
+    day_ago = directory.now() - DAY_S
     os.utime(old._path, (day_ago - 60, day_ago - 60))
     directory.tidy()
     assert not os.path.exists(old._path)

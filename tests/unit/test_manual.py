@@ -21,7 +21,7 @@ import click
 import pytest
 
 from agent import daemon, figures
-from krgfs import cli, errors, fuse, mount, places, render, table, tree, verbs
+from krgfs import cli, errors, fuse, mount, places, policy, render, table, tree, verbs
 from krgfs.model import Image, Import, Job, Load, Node, ProcessId, Tree, View
 
 ROOT = Path(__file__).parents[2]
@@ -290,6 +290,7 @@ FLAT = {
     "nodes/NODE/load Pq 0444": lambda: keys(render.node_load(Node(name="n1", load=Load()))),
     "store/status Pq 0444": lambda: keys(render.store_status(View())),
     "jobs/JOB/status Pq 0444": lambda: keys(render.job_status(JOB)),
+    "images/APP/policy Pq 0600": lambda: policy.KEYS,
     "metrics Pq 0444": metric_names,
     "events Pq 0444": lambda: set(first_arguments("event")),
 }
