@@ -211,7 +211,10 @@ async def dump(
     into, work, begun = Path(into), work_dir(into), time.monotonic()
     command = (*_way_to(tree), engine.path, "dump", *_words(options))
     work.mkdir(mode=0o700)
-    async with capture(into, intake.buffers, intake.take) as captured:
+    async with (
+        criu_run.gate(tree, work) as drained,
+        capture(into, intake.buffers, intake.take, drained) as captured,
+    ):
 
         async def finish() -> DumpReport:
             sizes = await captured.whole(0)

@@ -15,7 +15,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,9 +24,9 @@ import trio
 from krgfs import facts
 from krgfs.model import ProcessId
 
-from . import criu_network, procs, texts
+from . import criu_network, durable, procs, texts
 from .procs import ProcessTree
-from .stream import Capture
+from .stream import Capture, Drained
 
 Started = Callable[[int, int], Awaitable[None]]
 
@@ -126,6 +127,40 @@ async def watch(captured: Capture, progress: Callable[[int], None]) -> None:
     while True:
         await trio.sleep(POLL_S)
         progress(captured.drained_bytes)
+
+
+# -- the gate: a tree does not run before its memory is read
+
+
+@contextlib.asynccontextmanager
+async def gate(tree: ProcessTree, work: Path) -> AsyncIterator[Drained]:
+    """Hold a tree at the end of its dump until it is told that all of it has been read.
+
+    CRIU's action script waits at a FIFO for our word. Told no, or when we have ended, it fails, and
+    with it the dump; the tree then runs.
+    """
+    fd = await durable.run(f"cannot dump tree {tree.pid}", partial(_make_gate, work))
+    try:
+        yield lambda whole: _write(fd, b"yes\n" if whole else b"no\n")
+    finally:
+        os.close(fd)
+
+
+def _make_gate(work: Path) -> int:
+    fifo, script = work / "read", work / "gate"
+    os.mkfifo(fifo, 0o600)
+    path = shlex.quote(str(fifo))
+    script.write_text(
+        '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0\n'
+        f"exec 3<>{path} 4<{path} 3>&-\n"  # opened only to be read, it would wait for a writer
+        'read -r word <&4 && [ "$word" = yes ]\n'
+    )
+    script.chmod(0o700)
+    return os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _write(fd: int, word: bytes) -> None:
+    os.write(fd, word)
 
 
 # -- the last word: whether CRIU may end what it has dumped

@@ -36,6 +36,11 @@ SMALL_BYTES = 1 << 16
 TAIL_MS = 1
 SPLICE_F_NONBLOCK = 2
 
+Drained = Callable[[bool], None]
+"""Is told once, in a thread of the capture, that all which CRIU sent has been read, or that nothing
+will be any more. Until then the tree must not run: CRIU puts its memory itself into the pipes, not
+a copy (vmsplice(2), splice(2)), and what a tree that runs on changes there would be torn."""
+
 Sink = Callable[[Piece], None]
 """Takes pieces, in a thread of the capture, which waits for it. One that raises has not kept the
 piece; the capture has then failed, and CRIU fails at its next write and lets the tree run."""
@@ -97,7 +102,9 @@ class Capture:
 
 
 @contextlib.asynccontextmanager
-async def capture(directory: Path, buffers: Buffers, sink: Sink) -> AsyncIterator[Capture]:
+async def capture(
+    directory: Path, buffers: Buffers, sink: Sink, drained: Drained = lambda whole: None
+) -> AsyncIterator[Capture]:
     """Take what one CRIU, told to stream into `directory`, dumps, for as long as the body runs.
 
     The body lets CRIU run, waits for it, and asks `whole`. A file of up to SMALL_BYTES comes as a
@@ -107,7 +114,7 @@ async def capture(directory: Path, buffers: Buffers, sink: Sink) -> AsyncIterato
     Raises EngineFailed where there can be no socket in `directory`.
     """
     with contextlib.closing(Line(directory / CAPTURE_SOCKET)) as line:
-        drain = _Drain(line, buffers, sink)
+        drain = _Drain(line, buffers, sink, drained)
         drain.thread.start()
         try:
             yield Capture(drain)
@@ -132,13 +139,14 @@ class _Incoming:
 class _Drain:
     """The thread that reads whatever pipe has something: CRIU writes them from one thread too."""
 
-    def __init__(self, line: Line, buffers: Buffers, sink: Sink) -> None:
+    def __init__(self, line: Line, buffers: Buffers, sink: Sink, drained: Drained) -> None:
         self.line = line
         self.sizes: dict[str, int] = {}
         self.drained_bytes = 0
         self.thread = Thread("capture", self._run)
         self.buffers = buffers
         self._sink = sink
+        self._drained: Drained | None = drained
         self._open: dict[int, _Incoming] = {}
         self._is_asked = False
 
@@ -155,6 +163,7 @@ class _Drain:
                 if self._is_asked and LAST_FILE not in self.sizes:
                     raise EngineFailed(f"CRIU dumped no {LAST_FILE}: what came is no image")
         finally:
+            self._tell(False)
             self.line.drop()
             for fd, file in self._open.items():
                 os.close(fd)
@@ -177,6 +186,13 @@ class _Drain:
                         os.eventfd_read(fd)
                     else:
                         self._accept_file(poll)
+                if LAST_FILE in self.sizes and not self._open:
+                    self._tell(True)
+
+    def _tell(self, whole: bool) -> None:
+        if self._drained is not None:
+            self._drained(whole)
+        self._drained = None
 
     def _accept_file(self, poll: select.epoll) -> None:
         name = self.line.request()
