@@ -7,6 +7,7 @@ by one.
 
 from __future__ import annotations
 
+import socket
 import struct
 from typing import Any
 
@@ -19,6 +20,8 @@ from .model import App, Caller, Event, Image, ImageFile, Import, Job, LogLine, N
 PROTOCOL = 1
 MAX_FRAME = 8 * 1024 * 1024
 MAX_DATA = 1024 * 1024
+RECEIVE_BYTES = 64 * 1024
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; not in Python's socket
 _LENGTH = struct.Struct(">I")
 
 
@@ -291,24 +294,31 @@ ToMount = Welcome | Accepted | Done | Data | Files | Failed | Release | Resume |
 class Channel:
     """Whole frames over a stream. `receive` is for one task, `send` for any number.
 
-    Raises Unreachable when the other side has gone or speaks something else.
+    What is received goes into memory that is kept for the next frames: fresh memory costs more than
+    a copy. Raises Unreachable when the other side has gone or speaks something else.
     """
 
     def __init__(self, stream: trio.abc.Stream, incoming: Any) -> None:
         self._stream = stream
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
+        self._frame = bytearray(_LENGTH.size)  # the one being sent
+        self._memory = memoryview(bytearray(RECEIVE_BYTES))
+        self._begin = self._end = 0  # of what was received and not yet returned
         self._sending = trio.Lock()
+        if isinstance(stream, trio.SocketStream):
+            _enlarge(stream)
 
     async def send(self, message: Message) -> None:
         """Send one frame whole; cancelled half-way, the channel is closed."""
-        body = self._encoder.encode(message)
-        if len(body) > MAX_FRAME:
-            raise ValueError(f"frame of {len(body)} bytes, at most {MAX_FRAME}")
         async with self._sending:
+            self._encoder.encode_into(message, self._frame, _LENGTH.size)
+            length = len(self._frame) - _LENGTH.size
+            if length > MAX_FRAME:
+                raise ValueError(f"frame of {length} bytes, at most {MAX_FRAME}")
+            _LENGTH.pack_into(self._frame, 0, length)
             try:
-                await self._stream.send_all(_LENGTH.pack(len(body)) + body)
+                await self._stream.send_all(self._frame)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise Unreachable("the other side has closed the connection") from exc
             except trio.Cancelled:
@@ -319,14 +329,14 @@ class Channel:
     async def receive(self) -> Any:
         """Return the next message."""
         await self._fill(_LENGTH.size)
-        (length,) = _LENGTH.unpack(self._buffer[: _LENGTH.size])
+        (length,) = _LENGTH.unpack_from(self._memory, self._begin)
         if length > MAX_FRAME:
             raise Unreachable(f"the other side announced a frame of {length} bytes")
         await self._fill(_LENGTH.size + length)
-        body = bytes(memoryview(self._buffer)[_LENGTH.size : _LENGTH.size + length])
-        del self._buffer[: _LENGTH.size + length]
+        begin = self._begin + _LENGTH.size
+        self._begin = begin + length
         try:
-            return self._decoder.decode(body)
+            return self._decoder.decode(self._memory[begin : self._begin])
         except msgspec.MsgspecError as exc:
             raise Unreachable(f"the other side does not speak protocol {PROTOCOL}: {exc}") from exc
 
@@ -334,14 +344,44 @@ class Channel:
         await self._stream.aclose()
 
     async def _fill(self, size: int) -> None:
-        while len(self._buffer) < size:
+        """Have so many bytes from `_begin` on in memory."""
+        if self._end - self._begin >= size:
+            return
+        self._make_room(size)
+        while self._end - self._begin < size:
             try:
-                data = await self._stream.receive_some(65536)
+                count = await self._receive_into(self._memory[self._end :])
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise Unreachable("the other side has closed the connection") from exc
-            if not data:
+            if not count:
                 raise Unreachable("the other side has closed the connection")
-            self._buffer += data
+            self._end += count
+
+    def _make_room(self, size: int) -> None:
+        """Move what was received to the front of memory that is large enough."""
+        rest = self._memory[self._begin : self._end]
+        if size > len(self._memory):
+            self._memory = memoryview(bytearray(size))
+        self._memory[: len(rest)] = rest
+        self._begin, self._end = 0, len(rest)
+
+    async def _receive_into(self, memory: memoryview) -> int:
+        if isinstance(self._stream, trio.SocketStream):
+            try:
+                return await self._stream.socket.recv_into(memory)
+            except OSError as exc:
+                raise trio.BrokenResourceError from exc
+        data = await self._stream.receive_some(len(memory))
+        memory[: len(data)] = data
+        return len(data)
+
+
+def _enlarge(stream: trio.SocketStream) -> None:
+    """Have the kernel take a large frame at once; a process without privileges gets less."""
+    try:
+        stream.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_DATA)
+    except PermissionError:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_DATA)
 
 
 def failure(request_id: int, error: KrgError) -> Failed:
