@@ -33,6 +33,8 @@ ROOMS = {
     "images": "cli_show:images",
     "verify": "cli_images:verify",
     "sweep": "cli_images:sweep",
+    "export": "cli_images:export",
+    "import": "cli_images:import_",
     "jobs": "cli_show:jobs",
     "nodes": "cli_show:nodes",
     "log": "cli_show:log",

@@ -1,18 +1,31 @@
-"""The commands of `krg` that look into images and their store: verify and sweep."""
+"""The commands of `krg` about images and their store: verify, sweep, export and import."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import click
 
-from . import cli_wait, cli_words
+from . import archive, cli_wait, cli_words
 from .cli_files import Files
 from .cli_options import as_json, at_mount, print_json
 from .cli_table import size
-from .errors import Damaged
+from .errors import BadWords, Damaged, Exists, Gone
+from .verbs import VERSION, image_ref
 
 pass_files = click.make_pass_decorator(Files)
+DRAW_S = 0.1
+MANIFEST_BYTES = 16 << 20
+_V = re.compile(r"v([1-9][0-9]{0,9})(?:\.part)?\Z")
 _JOB = re.compile(r"jobs/(\d+)/log")
 _DAMAGE = re.compile(r"(\S+(?: at \d+)?) damaged(?: (\S+) chunk ([0-9a-f]+))?: (.*)")
 
@@ -89,3 +102,282 @@ def sweep(files: Files, as_json: bool) -> None:
     if facts["waiting"]:
         click.echo("; more is condemned, for a later sweep", nl=False)
     click.echo()
+
+
+# -- export and import
+
+
+class Moving:
+    """Bytes that are moved, with a bar on a terminal."""
+
+    def __init__(self, title: str, phase: str, total: int = 0) -> None:
+        self.total = total
+        self._phase, self._done = phase, 0
+        self._progress = cli_wait.Progress(title)
+        self._since = self._drawn = time.monotonic()
+
+    def add(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if self._progress.is_due and now - self._drawn >= DRAW_S:
+            self._drawn = now
+            rate = self._done / max(now - self._since, 1e-6)
+            facts = {"phase": self._phase, "bytes_done": self._done, "rate": int(rate)}
+            if self.total:
+                left = max(0, self.total - self._done)
+                facts |= {"bytes_total": self.total, "eta_s": f"{left / rate:.1f}"}
+            self._progress.draw({key: str(value) for key, value in facts.items()})
+
+    def end(self) -> None:
+        self._progress.clear()
+
+
+class Counted:
+    """A file of an image that is read, and counted."""
+
+    def __init__(self, files: Files, path: str, moving: Moving) -> None:
+        self._files, self._path, self._moving = files, path, moving
+        with files.explained(path):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def read(self, size: int) -> bytes:
+        with self._files.explained(self._path):
+            data = self._file.read(size)
+        self._moving.add(len(data))
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@click.command(short_help="Write an image into one file.")
+@click.argument("image", shell_complete=cli_words.complete_image)
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
+@at_mount
+@pass_files
+def export(files: Files, image: str, file: str) -> None:
+    """Write IMAGE into FILE (- is the standard output), compressed, with a digest of all of it.
+
+    `krg import` takes it in again, on any node; `tar --zstd -xf FILE` unpacks it into CRIU's files.
+    FILE is there when it is whole, and not before.
+    """
+    ref = _resolved(files, image)
+    with _ended_in_order(), _written(file) as sink:
+        moving = Moving(f"export {ref}", "writing")
+        try:
+            _export(files, ref, sink, moving)
+        finally:
+            moving.end()
+
+
+def _resolved(files: Files, image: str) -> str:
+    """Return APP/vN of any name of an image."""
+    try:
+        ref = image_ref(image)
+    except ValueError as exc:
+        raise BadWords(str(exc)) from exc
+    files.names("images", ref.app)
+    path = files.path("images", ref.app, ref.version)
+    try:
+        version = ref.version if VERSION.match(ref.version) else os.readlink(path)
+    except OSError as exc:
+        raise Gone(f"{ref.app} has no {ref.version}") from exc
+    if not os.path.isdir(files.path("images", ref.app, version)):
+        raise Gone(f"{ref.app} has no {version}")
+    return f"{ref.app}/{version}"
+
+
+def _export(files: Files, ref: str, sink: archive.Sink, moving: Moving) -> None:
+    directory = files.path("images", ref)
+    names = sorted(files.names("images", ref), key=lambda name: (name != archive.FIRST, name))
+    if names[:1] != [archive.FIRST]:
+        raise Damaged(f"{ref} is an import, and no image yet: mv it to its version first")
+    with files.explained(directory):
+        stats = {name: os.stat(os.path.join(directory, name)) for name in names}
+    moving.total = sum(each.st_size for each in stats.values())
+    with archive.written(sink, ref) as add:
+        for name, stat in stats.items():
+            facts = (stat.st_size, stat.st_mode & 0o777, stat.st_uid, stat.st_gid, stat.st_mtime)
+            with contextlib.closing(Counted(files, os.path.join(directory, name), moving)) as file:
+                add(archive.File(name, *facts), file)
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[archive.Sink]:
+    """Enter the block with what becomes a file, durably, at its end; after an error nothing has."""
+    if path == "-":
+        if sys.stdout.isatty():
+            raise BadWords("an export is not for a terminal: name a file, or a pipe after it")
+        yield sys.stdout.buffer
+        sys.stdout.flush()
+        return
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadWords(f"{path} is no plain file; write - for the standard output")
+    part = f"{path}.part"
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.rename(part, path)
+    except BaseException as exc:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = part
+        raise
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Enter the block so that SIGTERM and SIGHUP end it as Ctrl-C does: what is half done goes."""
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@click.command("import", short_help="Take an image in from one file.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument(
+    "image", required=False, metavar="[APP[/vN]]", shell_complete=cli_words.complete_app
+)
+@as_json
+@at_mount
+@pass_files
+def import_(files: Files, file: str, image: str | None, as_json: bool) -> None:
+    """Take in the image that `krg export` wrote into FILE (- is the standard input).
+
+    It becomes the next version of its own app or of APP, or version vN, and its name is printed.
+    What is cut off or changed is refused, and nothing of it stays.
+    """
+    files.require()
+    called = "the standard input" if file == "-" else file
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_in_order())
+        source = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
+        ref = _import(files, archive.entries(source, called), image, Moving("import", "reading"))
+    if as_json:
+        print_json({"image": ref})
+    else:
+        click.echo(ref)
+
+
+def _import(
+    files: Files, entries: Iterator[archive.Entry], image: str | None, moving: Moving
+) -> str:
+    first = next(entries)
+    manifest = b"".join(first.pieces) if first.size <= MANIFEST_BYTES else b""
+    moving.total = _total(manifest)
+    app, version = _wanted(image) if image else (first.app, "")
+    try:
+        with _imported(files, app, version) as ref:
+            part = files.path("images", f"{ref}.part")
+            _put(files, os.path.join(part, first.name), iter((manifest,)), moving)
+            for entry in entries:
+                _put(files, os.path.join(part, entry.name), entry.pieces, moving)
+            moving.end()
+            _commit(files, part, ref)
+    finally:
+        moving.end()
+    return ref
+
+
+def _total(manifest: bytes) -> int:
+    """Return the size of all files, for the bar alone: the agent is who believes a manifest."""
+    try:
+        return sum(int(each["size"]) for each in json.loads(manifest)["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
+
+
+def _wanted(image: str) -> tuple[str, str]:
+    """Return app and version ('' for the next) that an import is to have."""
+    try:
+        ref = image_ref(image)
+    except ValueError as exc:
+        raise BadWords(str(exc)) from exc
+    if not image.rstrip("/").endswith(f"/{ref.version}"):
+        return ref.app, ""
+    if not VERSION.match(ref.version):
+        raise BadWords(f"{image!r} is no version to import into: write APP or APP/vN")
+    return ref.app, ref.version
+
+
+@contextlib.contextmanager
+def _imported(files: Files, app: str, version: str) -> Iterator[str]:
+    """Enter the block with the name of an image whose .part is there, empty. After an error neither
+    that nor an app that was made for it is there."""
+    directory = files.path("images", app)
+    made = _make(files, directory)
+    try:
+        ref = _begun(files, app, version)
+        try:
+            yield ref
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(files.path("images", f"{ref}.part"))
+            raise
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        raise
+
+
+def _make(files: Files, path: str) -> bool:
+    """Make a directory; tells whether it was not there."""
+    with files.explained(path):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _begun(files: Files, app: str, version: str) -> str:
+    """Make the .part of a version, of the next free one when none is given."""
+    while True:
+        taken = [int(match[1]) for name in files.names("images", app) if (match := _V.match(name))]
+        name = version or f"v{max(taken, default=0) + 1}"
+        if _make(files, files.path("images", app, f"{name}.part")):
+            return f"{app}/{name}"
+        if version:
+            raise Exists(f"{app} has a {version} already; take another version")
+
+
+def _put(files: Files, path: str, pieces: Iterator[bytes], moving: Moving) -> None:
+    with files.explained(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+                moving.add(len(piece))
+        finally:
+            os.close(fd)
+
+
+def _commit(files: Files, part: str, ref: str) -> None:
+    try:
+        os.rename(part, files.path("images", ref))
+    except OSError as exc:
+        if exc.errno == errno.EBADMSG:
+            raise Damaged(
+                f"cannot import {ref}: its files are not those of its manifest.json; "
+                "take another copy of the export"
+            ) from exc
+        raise

@@ -326,6 +326,8 @@ def test_what_is_no_error_is_none():
         ("cancel", "7"),
         ("verify",),
         ("sweep",),
+        ("export", "blast", "-"),
+        ("import", "-"),
     ],
 )
 def test_without_a_mount_each_command_says_so(words, bare, capsys):

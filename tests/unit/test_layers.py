@@ -22,7 +22,7 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "handles edits",
     "fuse",
     "mount",
-    "cli_files",
+    "cli_files archive",
     "cli_options cli_wait cli_words service",
     "cli_show cli_verbs cli_images doctor",
     "cli_node",
