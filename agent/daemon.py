@@ -232,7 +232,10 @@ async def assembled(settings: Settings, nursery: trio.Nursery) -> AsyncIterator[
         stack.callback(backend.close)
         bounded = await trio.to_thread.run_sync(BoundedBackend, backend, settings.bounds)
         alone = is_own(settings.image_store, state_dir)
-        images = await Images.open(state_dir, bounded, settings.node, settings.limits, alone=alone)
+        root = settings.image_store if settings.image_store.startswith("/") else ""
+        images = await Images.open(
+            state_dir, bounded, settings.node, settings.limits, alone=alone, root=root
+        )
         stack.callback(images.close)
         state = State(store, settings.node)
         state.node = replace(state.node, policy=settings.policy)

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from krgfs.errors import BadWords, Damaged
 
+from .feeder_packs import Packs
+
 
 class PageSource(Protocol):
     """The page files of one image; called from several threads."""
@@ -56,6 +58,7 @@ class Directory:
 
 KINDS: Mapping[str, Callable[[str], PageSource]] = {
     "directory": Directory,
+    "packs": Packs,
 }
 """What makes a source of a place. It reads nothing yet: only a `read_into` is tried again."""
 

@@ -102,8 +102,10 @@ class Images:
         owner: str,
         limits: Limits,
         alone: bool,
+        root: str,
     ) -> None:
         self.places = Places(state_dir)
+        self.root = root
         self.backend, self.store = backend, store
         self.reader = Reader(store)
         self.imports = Imports(self.places, trio.CapacityLimiter(2 * (os.cpu_count() or 1)))
@@ -123,9 +125,11 @@ class Images:
         limits: Limits | None = None,
         *,
         alone: bool = False,
+        root: str = "",
     ) -> Images:
         """Use what is below `state_dir` on this node, and the images in `backend`, to which nobody
-        else writes when `alone`: what an earlier agent left there is then tidied up at once."""
+        else writes when `alone`: what an earlier agent left there is then tidied up at once. `root`
+        is where the back end lies, if that is a directory here."""
 
         def prepare() -> Images:
             places = Places(state_dir)
@@ -135,7 +139,7 @@ class Images:
             asked = limits or Limits()
             backend.tidy(0.0 if alone else DAY_S)
             store = ChunkStore.open(backend, level=asked.level)
-            return cls(state_dir, backend, store, owner, asked, alone)
+            return cls(state_dir, backend, store, owner, asked, alone, root)
 
         return await durable.run(f"cannot keep images in {state_dir}", prepare)
 
@@ -313,8 +317,7 @@ class Images:
             if file not in image.recipe.files:
                 raise FileNotFoundError(2, "No such file")
             image.source.ahead(file, offset, size + READ_AHEAD_BYTES)
-            data = bytearray(size)
-            return bytes(memoryview(data)[: image.source.read_into(file, offset, memoryview(data))])
+            return image.source.read(file, offset, size)
 
         return await durable.run(f"cannot read {app}/{name}/{file}", work)
 
@@ -329,7 +332,8 @@ class Images:
             found = ("", {})
         if found[0] != manifest.digest:
             found = (manifest.digest, {name: _sum(image, name) for name in image.recipe.files})
-            self.backend.put(place, msgspec.json.encode(found), replace=True)
+            with contextlib.suppress(OSError):  # only a short cut for who reads it next
+                self.backend.put(place, msgspec.json.encode(found), replace=True)
         return encode(_with_sums(manifest, found[1]))
 
     def _is_import(self, app: str, name: str) -> bool:

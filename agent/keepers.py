@@ -113,7 +113,7 @@ async def launch(binary: str, directory: str, plan: Plan) -> Launched:
     The keeper is in `directory` from its first act on. Raises LaunchFailed, or what `plan.explain`
     makes of it, when nothing runs. Cancelled, the attempt is ended, and so is what came of it.
     """
-    os.makedirs(directory, mode=0o700)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
     Path(directory, "note").write_text(plan.note)
     for name, text in plan.files.items():
         Path(directory, name).write_text(text)

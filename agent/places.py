@@ -1,8 +1,8 @@
 """Where things of the image store lie on this node, below the state directory.
 
-spool/JOB has the small files of a dump under way, imports/APP/vN what is being copied in, pages/APP
-which pages the last version of an app had. Every method raises BadWords for a name that cannot be,
-so that no path leads elsewhere.
+spool/JOB has the small files of a dump or restore under way, feeding/JOB what a feeder reads,
+imports/APP/vN what is being copied in, pages/APP which pages the last version of an app had. Every
+method raises BadWords for a name that cannot be, so that no path leads elsewhere.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Places:
         self.root = root
         self.spools = os.path.join(root, "spool")
         self.imports = os.path.join(root, "imports")
+        self.feedings = os.path.join(root, "feeding")
         self.tables = os.path.join(root, "pages")
 
     def spool(self, job: int) -> str:
@@ -33,6 +34,9 @@ class Places:
 
     def imported(self, app: str, name: str) -> str:
         return os.path.join(self.app_imports(app), import_name(name))
+
+    def feeding(self, job: int) -> str:
+        return os.path.join(self.feedings, str(job))
 
     def table(self, app: str) -> str:
         return os.path.join(self.tables, _app(app))

@@ -19,7 +19,7 @@ from krgfs.errors import EngineFailed, Fate, Gone, KrgError
 from krgfs.model import Frozen, Job, Tree, TreeState
 from krgfs.verbs import Checkpoint, Freeze, Restart
 
-from . import criu, keepers, procs
+from . import criu, feeding, keepers, procs
 from .jobs import Running
 from .journal import Fact, Intent, KeeperStarted, SpoolOpened, VersionPending
 from .ops import checkpoint, freeze, restart
@@ -51,6 +51,7 @@ async def recover(parts: Parts) -> None:
     needed = {known.keeper_dir for known in state.trees.values()}
     needed |= {keepers.directory(parts.run_dir, job.id) for job in under_way}
     keepers.tidy(parts.run_dir, needed)
+    await feeding.tidy(parts)
 
 
 async def _tidy_images(parts: Parts, intents: Iterable[Intent]) -> None:

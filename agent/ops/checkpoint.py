@@ -23,7 +23,7 @@ from krgfs.errors import Cancelled, Fate, KrgError, Unsupported, name_of
 from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
 from krgfs.verbs import Checkpoint, Then
 
-from .. import criu, criu_images, names, outside, procs
+from .. import criu, criu_images, feeding, names, outside, procs
 from ..criu_options import Option
 from ..images import Spool
 from ..jobs import Running
@@ -41,6 +41,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
     try:
         app = names.app_for(parts.state, tree, words.name)
         _refuse_orphans(tree, words)
+        await feeding.settled(known)  # CRIU takes pages that are not back for such that never were
         await parts.upkeep.make_room(f"cannot checkpoint process {tree.pid}")
         ends = await trio.to_thread.run_sync(outside.ends, tree)
         partial = SpoolOpened(parts.images.places.spool(job.id))

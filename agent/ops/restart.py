@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from krgfs.errors import Damaged, Exists, Gone
 from krgfs.model import App, Image, Phase, ProcessId, Tree
 from krgfs.verbs import Restart
 
-from .. import criu, durable, keepers, names, procs, stream
+from .. import criu, durable, feeding, keepers, names, procs, stream
 from ..images import Opened
 from ..jobs import Running
 from ..journal import KeeperStarted
@@ -53,8 +53,8 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
                 opened.sizes,
             )
             async with intent.noted(KeeperStarted(directory)):
-                async with stream.serve(Path(path), opened.source) as served:
-                    launched = await _launched(parts, job, directory, plan, served)
+                async with _memory(parts, opened, path, directory, words) as check:
+                    launched = await _launched(parts, job, directory, plan, check)
                 # ---- commit: the tree runs; from here it is the app's incarnation
                 with trio.CancelScope(shield=True):
                     line = await _commit(parts, job, app, image, launched, directory)
@@ -74,8 +74,28 @@ async def _unpacked(parts: Parts, opened: Opened, job: int) -> AsyncIterator[str
             await trio.to_thread.run_sync(durable.delete, path)
 
 
+@asynccontextmanager
+async def _memory(
+    parts: Parts, opened: Opened, path: str, directory: str, words: Restart
+) -> AsyncIterator[Callable[[], None]]:
+    """See to it that what is restored gets its memory, from us or from a feeder; yields what raises
+    why it did not come."""
+    if words.lazy == "no":
+        async with stream.serve(Path(path), opened.source) as served:
+            yield served.check
+        return
+    try:
+        await feeding.begin(parts, opened, path, directory)
+        yield partial(feeding.check, directory)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await feeding.drop(parts, directory)
+            await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+        raise
+
+
 async def _launched(
-    parts: Parts, job: Running, directory: str, plan: Plan, served: stream.Served
+    parts: Parts, job: Running, directory: str, plan: Plan, check: Callable[[], None]
 ) -> Launched:
     """Start the tree and keep what CRIU said; nothing of a launch that failed stays."""
     try:
@@ -83,8 +103,10 @@ async def _launched(
     except BaseException:
         with trio.CancelScope(shield=True):
             job.said = await criu.kept_words(directory, parts.job_log(job.id))
-            await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
-        served.check()
+            try:
+                check()
+            finally:
+                await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
         raise
     with trio.CancelScope(shield=True):
         job.said = await criu.kept_words(directory, parts.job_log(job.id))
@@ -176,6 +198,7 @@ async def _commit(
         procs.kill(procs.look(root.pid, root.start))
         raise
     parts.ends.watch(known)
+    parts.nursery.start_soon(feeding.watch, parts, known)
     parts.state.event("tree.restarted", image.uid, image=image.ref, pid=root.pid)
     return f"pid {root.pid}"
 
