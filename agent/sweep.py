@@ -8,6 +8,7 @@ session itself, so that of two at once at most one goes on, and one that stalled
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -235,11 +236,18 @@ class _Sweep:
         worth = [
             each[mask] for each, mask in _by_pack(rows, dead) if mask.all() or _mostly(each, mask)
         ]
-        if not worth:
-            return 0
-        condemned = np.concatenate(worth)
-        copies = np.empty(len(condemned), dtype=COPY)
-        copies["pack"], copies["id"] = self._index.pack_ids(condemned), condemned["id"]
+        while worth:
+            try:
+                return self._put_condemned(np.concatenate(worth))
+            except OSError as exc:
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or len(worth) == 1:
+                    raise
+                worth = worth[: len(worth) // 2]  # what goes first makes room for the rest
+        return 0
+
+    def _put_condemned(self, rows: Rows) -> int:
+        copies = np.empty(len(rows), dtype=COPY)
+        copies["pack"], copies["id"] = self._index.pack_ids(rows), rows["id"]
         self._session.life.check()
         name = CONDEMNED + secrets.token_hex(16)
         self._backend.put(name, chunk_records.encode_condemned(copies))
