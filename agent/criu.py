@@ -347,7 +347,8 @@ def restore_plan(
     if terminal or any(each.mode == "a" for each in replaced):
         out, owner = _output(manifest, owner, keeper_dir)
     pidfile = keeper_dir / "pid"
-    options = criu_options.for_restore(images, keeper_dir, pidfile, replaced)
+    lazy = words.lazy == "yes"
+    options = criu_options.for_restore(images, keeper_dir, pidfile, replaced, lazy=lazy)
     command: tuple[str, ...] = (engine.path, "restore", *_words(options))
     files: dict[str, str] = {}
     undo: Callable[[], Awaitable[None]] | None = None
