@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import trio
@@ -71,6 +71,13 @@ def _merged_by_app(
     for app, name in gone:
         merged.get(app, {}).pop(name, None)
     return {app: named for app, named in merged.items() if named}
+
+
+class Asked(NamedTuple):
+    """A request that was sent and has no answer yet."""
+
+    number: int
+    received: trio.MemoryReceiveChannel[Any]
 
 
 class Client:
@@ -135,6 +142,10 @@ class Client:
 
     async def call(self, make: Callable[..., wire.Request], caller: Caller, **fields: Any) -> Any:
         """Send a request and return its answer; raises what the agent answered with."""
+        return await self.answer(await self.ask(make, caller, **fields))
+
+    async def ask(self, make: Callable[..., wire.Request], caller: Caller, **fields: Any) -> Asked:
+        """Send a request, whose answer is to be had by `answer`, or is dropped."""
         channel = self._channel
         if channel is None:
             raise Unreachable(
@@ -142,14 +153,26 @@ class Client:
                 "(krg up starts it)"
             )
         number = next(self._ids)
-        send, receive = trio.open_memory_channel[Any](1)
-        self._answers[number] = send
+        self._answers[number], received = trio.open_memory_channel[Any](1)
+        asked = Asked(number, received)
         try:
             await channel.send(make(id=number, caller=caller, **fields))
+        except BaseException as exc:
+            self.drop(asked)
+            if isinstance(exc, UnicodeEncodeError):
+                raise BadWords("a name of krgfs is UTF-8 text; choose another one") from None
+            raise
+        return asked
+
+    def drop(self, asked: Asked) -> None:
+        """Nobody wants this answer any more."""
+        self._answers.pop(asked.number, None)
+
+    async def answer(self, asked: Asked) -> Any:
+        """Return the answer, once; raises what the agent answered with."""
+        try:
             with trio.fail_after(ANSWER_S):
-                answer = await receive.receive()
-        except UnicodeEncodeError:
-            raise BadWords("a name of krgfs is UTF-8 text; choose another one") from None
+                answer = await asked.received.receive()
         except trio.TooSlowError:
             raise Unreachable(
                 f"the agent of this node did not answer in {ANSWER_S:.0f} s"
@@ -160,7 +183,7 @@ class Client:
                 "is in /krg/log when it is back"
             ) from None
         finally:
-            self._answers.pop(number, None)
+            self.drop(asked)
         if isinstance(answer, wire.Failed):
             raise wire.error_of(answer)
         return answer

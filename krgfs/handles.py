@@ -18,6 +18,7 @@ from typing import NamedTuple
 import trio
 
 from . import facts, render, tree, wire
+from .ahead import Reader
 from .blocked import Blocked, Why
 from .client import Client
 from .errors import (
@@ -57,6 +58,7 @@ class Handle:
         self.last_job = 0
         self.wrote = False
         self.digest = ""  # of the image that the file is in
+        self.reader: Reader | None = None
         self.failed: KrgError | None = None
         self.notify: Callable[[], None] | None = None
         self.seen = 0
@@ -105,6 +107,7 @@ class Handles:
         self._sight = sight
         self._open: dict[int, Handle] = {}
         self._next = 0
+        self._readers: OrderedDict[Reader, None] = OrderedDict()
         self._closed = trio.Event()
         self._refusals: OrderedDict[tuple[Place, int], Refusal] = OrderedDict()
 
@@ -117,6 +120,8 @@ class Handles:
         handle = self._open[self._next] = Handle(self._next, inode, place, caller, append)
         if place.row.name == "FILE":
             handle.digest = self._digest(handle)
+            if handle.digest:
+                handle.reader = Reader(self._client, self._readers, caller, place.args)
         return self._next
 
     def _digest(self, handle: Handle) -> str:
@@ -130,6 +135,8 @@ class Handles:
     async def close(self, number: int) -> None:
         """The last descriptor is gone: what was to last while it was open ends."""
         handle = self._open.pop(number)
+        if handle.reader:
+            handle.reader.drop()
         if handle.place.row.kind is Kind.STATE:
             return
         self._closed.set()
@@ -227,8 +234,11 @@ class Handles:
                 handle.make(answer.data)
             return handle.slice(offset, size)
         app, name, file = handle.place.args
-        if handle.digest and handle.digest != self._digest(handle):
-            raise Gone(f"{app}/{name} was removed while you had {file} open")
+        if handle.reader:
+            self._refuse_removed(handle)
+            data = await handle.reader.read(offset, size)
+            self._refuse_removed(handle)
+            return data
         answer = await self._client.call(
             wire.ReadFile,
             handle.caller,
@@ -238,8 +248,13 @@ class Handles:
             offset=offset,
             size=min(size, wire.MAX_DATA),
         )
-        data: bytes = answer.data
+        data = answer.data
         return data
+
+    def _refuse_removed(self, handle: Handle) -> None:
+        if handle.digest != self._digest(handle):
+            app, name, file = handle.place.args
+            raise Gone(f"{app}/{name} was removed while you had {file} open")
 
     # -- poll
 

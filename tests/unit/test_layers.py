@@ -19,6 +19,7 @@ KRGFS = (  # a room may import what stands in the lines above its own
     "table",
     "tree",
     "client inodes blocked attributes",
+    "ahead",
     "handles edits",
     "fuse",
     "mount",
