@@ -5,6 +5,7 @@ One reader serves all: restores, which are lent its memory, and those who look i
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -167,6 +168,17 @@ class ImageSource:
     def pieces(self, file: str) -> Iterator[Piece] | None:
         """Return the content of a file; see stream.Source."""
         return self._pieces(file) if file in self._recipe.files else None
+
+    def read(self, file: str, offset: int, size: int) -> bytes:
+        """Return so many bytes (at most WINDOW_BYTES) of a file, fewer only at its end."""
+        parts: list[memoryview | bytes] = []
+        with contextlib.ExitStack() as stack:
+            for source in self._recipe.sources(file, offset, size):
+                piece = self._lent(file, offset, source)
+                stack.callback(piece.give_back)
+                parts.append(piece.data)
+                offset += source.length
+            return b"".join(parts)
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
         """Fill a buffer from `offset` of a file on; returns how much there was."""
