@@ -13,7 +13,15 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -210,8 +218,8 @@ async def dump(
         raise ValueError("a dump that ends its tree needs a commit")
     into, work, begun = Path(into), work_dir(into), time.monotonic()
     command = (*_way_to(tree), engine.path, "dump", *_words(options))
-    work.mkdir(mode=0o700)
     async with (
+        _telling_fate(tree),
         criu_run.gate(tree, work) as drained,
         capture(into, intake.buffers, intake.take, drained) as captured,
     ):
@@ -237,6 +245,15 @@ async def dump(
             captured.check()
             raise await _complaint(tree, work, code)
         return await finish()
+
+
+@contextlib.asynccontextmanager
+async def _telling_fate(tree: ProcessTree) -> AsyncIterator[None]:
+    try:
+        yield
+    except KrgError as exc:
+        exc.fate = exc.fate or procs.fate(tree)
+        raise
 
 
 def _put_small(intake: Intake, into: Path, sizes: Mapping[str, int]) -> None:

@@ -136,8 +136,8 @@ async def watch(captured: Capture, progress: Callable[[int], None]) -> None:
 async def gate(tree: ProcessTree, work: Path) -> AsyncIterator[Drained]:
     """Hold a tree at the end of its dump until it is told that all of it has been read.
 
-    CRIU's action script waits at a FIFO for our word. Told no, or when we have ended, it fails, and
-    with it the dump; the tree then runs.
+    Makes the directory `work`. CRIU's action script waits at a FIFO for our word. Told no, or when
+    we have ended, it fails, and with it the dump; the tree then runs.
     """
     fd = await durable.run(f"cannot dump tree {tree.pid}", partial(_make_gate, work))
     try:
@@ -148,6 +148,7 @@ async def gate(tree: ProcessTree, work: Path) -> AsyncIterator[Drained]:
 
 def _make_gate(work: Path) -> int:
     fifo, script = work / "read", work / "gate"
+    os.mkdir(work, 0o700)
     os.mkfifo(fifo, 0o600)
     path = shlex.quote(str(fifo))
     script.write_text(

@@ -17,6 +17,7 @@ import trio
 
 from krgfs.errors import EngineFailed, KrgError
 
+from . import durable
 from .criu_format import LENGTH, VARINT, Field, as_bytes, build, fields_of
 
 NAME, EXISTS = 1, 1  # fields of img_streamer_request_entry and img_streamer_reply_entry
@@ -95,9 +96,12 @@ class Line:
                 self._hang_up()
 
     def check(self) -> None:
-        """Raise what was kept; EngineFailed unless it is a KrgError already."""
+        """Raise what was kept: a KrgError as it is, all else as one that says so."""
         if self._failure is None or isinstance(self._failure, KrgError):
             failure = self._failure
+        elif isinstance(self._failure, OSError):
+            with durable.explained("CRIU's images could not be streamed"):
+                raise self._failure
         else:
             failure = EngineFailed(f"CRIU's images could not be streamed: {self._failure!r}")
             failure.__cause__ = self._failure
