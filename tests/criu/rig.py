@@ -45,8 +45,8 @@ class Files:
 
     def take(self, piece: Piece) -> None:
         try:
-            with open(self._directory / piece.file, "ab", buffering=0) as file:
-                assert file.write(piece.data) == len(piece.data)
+            with open(self._directory / piece.file, "ab") as file:
+                file.write(piece.data)
         except OSError as exc:
             raise NoRoom(f"{piece.file}: {exc.strerror}") from exc
         piece.give_back()

@@ -1,10 +1,11 @@
-"""Images are plain directories: they go out by cp, come in by cp, and a damaged one is noticed."""
+"""Images look like directories: they go out by cp, come in by cp, and a damaged one is noticed."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from agent.criu import FETCHED
 from tests.criu.stage import Stage, as_user
+from tests.faults import harm
 from tests.sites import until
 from tests.workloads.harness import Workload
 
@@ -139,25 +141,57 @@ def test_an_import_is_restarted_by_root_alone_also_when_it_is_the_callers(
     stage.passes(workload)
 
 
-@pytest.mark.parametrize("file", ["pages-*.img", "pstree.img", "manifest.json", "inventory.img"])
+@pytest.mark.parametrize("file", ["pages-*.img", "pstree.img", "inventory.img"])
 def test_a_damaged_byte_is_found_before_any_pid_is_touched(stage: Stage, file: str) -> None:
     workload = stage.begin("proctree")
     ref = stage.checkpoint_and_end(workload)
-    stored = largest(stage.site.state / "images" / ref, file)
-    change_a_byte(stored)
+    harm.chunks(stage.site, ref, file)[-1].flip()
+    said = refused_as_damaged(stage, workload, ref)
+    wrong = r"[\w.-]+\.img is damaged \(\d+ chunks, among them [0-9a-f]{16}\)"
+    assert re.search(wrong, said), said
+    assert file != "pages-*.img" or "damaged: pages-" in said, said
+    shown = os.getxattr(stage.site.mnt / "images" / ref, "user.krg.damaged").decode()
+    assert shown in said
+
+
+def test_a_damaged_manifest_is_found_before_any_pid_is_touched(stage: Stage) -> None:
+    workload = stage.begin("proctree")
+    ref = stage.checkpoint_and_end(workload)
+    harm.manifest(stage.site, ref).flip()
+    refused_as_damaged(stage, workload, ref)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut off"])
+def test_a_pack_that_is_not_whole_is_found_before_any_pid_is_touched(
+    stage: Stage, how: str
+) -> None:
+    workload = stage.begin("counter")
+    ref = stage.checkpoint_and_end(workload)
+    chunk = harm.chunks(stage.site, ref, "pages-*.img")[-1]
+    if how == "removed":
+        chunk.path.unlink()
+    else:
+        os.truncate(chunk.path, chunk.offset + chunk.size // 2)
+    refused_as_damaged(stage, workload, ref)
+
+
+def refused_as_damaged(stage: Stage, workload: Workload, ref: str) -> str:
     code, said = stage.refused("restart", ref)
     assert code == errno.EBADMSG, said
     assert ref in said
     assert workload.tasks() == []
     started = [each / "note" for each in (stage.site.run / "keepers").iterdir()]
     assert not any(note.exists() and note.read_text() == ref for note in started)
+    return said
 
 
 def test_a_whole_version_outlives_a_damaged_one(stage: Stage) -> None:
     workload = stage.begin("counter")
     app = stage.checkpoint(workload).partition("/")[0]
     stage.checkpoint_and_end(workload)
-    change_a_byte(largest(stage.site.state / "images" / app / "v2", "pages-*.img"))
+    first = harm.chunks(stage.site, f"{app}/v1", "pages-*.img")
+    second = harm.chunks(stage.site, f"{app}/v2", "pages-*.img")
+    next(place for place in second if place not in first).flip()
     assert stage.refused("restart", app)[0] == errno.EBADMSG
     stage.restart(workload, f"{app}/v1")
     stage.passes(workload)

@@ -12,12 +12,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import trio
 
 from agent import cgroups
+from agent.backends import open_backend
 from agent.images import Images
 from krgfs import facts
 from tests.sites import Site, until
@@ -220,21 +222,31 @@ class Ground:
         ]
 
     def _store_is_clean(self) -> None:
-        images = self.images()
-        for app in (self.site.state / "images").iterdir():
-            odd = [each.name for each in app.iterdir() if f"{app.name}/{each.name}" not in images]
-            assert not odd, f"{app.name} in the store has {odd}, which no record names"
+        images, store = self.images(), self.site.state / "images"
+        manifests = store / "manifests" / self.site.node
+        stored = {str(each.relative_to(manifests)) for each in manifests.glob("*/*")}
+        assert stored <= set(images), f"no record names {stored - set(images)} of the store"
+        spools = os.listdir(self.site.state / "spool")
+        assert not spools, f"left of dumps and restores: {spools}"
+        sessions = list((store / "sessions").glob("*"))
+        assert not sessions, f"left of writers: {sessions}"
         for ref in images:
             assert self._verify(ref) == "", ref
 
     def _verify(self, ref: str) -> str:
+        """Read all that an image is made of with an eye of our own; returns what is wrong."""
         app, _, version = ref.partition("/v")
 
-        async def verify() -> str:
-            images = await Images.open(self.site.state / "images")
-            return await images.verify(app, int(version))
+        async def verify(state: str) -> str:
+            backend = open_backend(str(self.site.state / "images"))
+            images = await Images.open(state, backend, self.site.node)
+            try:
+                return await images.verify(app, int(version))
+            finally:
+                images.close()
 
-        return trio.run(verify)
+        with tempfile.TemporaryDirectory() as state:
+            return trio.run(verify, state)
 
     def _leaves(self) -> list[str]:
         """Return the cgroups that were made to freeze the workload in."""

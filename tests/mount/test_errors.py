@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from krgfs import errors, facts
+from tests.faults import harm
 from tests.mount.conftest import Start, typing, wait_blocked
 from tests.sites import Site, sleeper, until
 from tests.workloads.harness import Workload
@@ -185,11 +186,7 @@ def no_room(ground: Ground) -> Told:
 
 def damaged(ground: Ground) -> Told:
     ground.image("broken")
-    pages = next((ground.site.state / "images" / "broken" / "v1").glob("pages-*.img"))
-    pages.chmod(0o600)
-    with pages.open("r+b") as file:
-        file.seek(100)
-        file.write(b"\0damaged\0")
+    harm.chunks(ground.site, "broken/v1", "pages-*.img")[-1].flip()
     return ground.tell(ground.site.mnt / "restart", "broken")
 
 
@@ -293,5 +290,5 @@ def test_an_error_says_all_and_changes_nothing(
 
 
 def spools(site: Site) -> list[Path]:
-    """Return what unfinished images there are in the store."""
-    return list((site.state / "images").glob("*/.spool*"))
+    """Return what there is of unfinished dumps and restores."""
+    return list((site.state / "spool").iterdir())
