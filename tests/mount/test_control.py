@@ -6,8 +6,8 @@ import contextlib
 import errno
 import os
 import select
-import stat
 import shutil
+import stat
 import subprocess
 import sys
 import time
