@@ -302,7 +302,6 @@ class Channel:
         self._stream = stream
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._encoder = msgspec.msgpack.Encoder()
-        self._frame = bytearray(_LENGTH.size)  # the one being sent
         self._memory = memoryview(bytearray(RECEIVE_BYTES))
         self._begin = self._end = 0  # of what was received and not yet returned
         self._sending = trio.Lock()
@@ -311,14 +310,14 @@ class Channel:
 
     async def send(self, message: Message) -> None:
         """Send one frame whole; cancelled half-way, the channel is closed."""
+        body = self._encoder.encode(message)
+        if len(body) > MAX_FRAME:
+            raise ValueError(f"frame of {len(body)} bytes, at most {MAX_FRAME}")
         async with self._sending:
-            self._encoder.encode_into(message, self._frame, _LENGTH.size)
-            length = len(self._frame) - _LENGTH.size
-            if length > MAX_FRAME:
-                raise ValueError(f"frame of {length} bytes, at most {MAX_FRAME}")
-            _LENGTH.pack_into(self._frame, 0, length)
             try:
-                await self._stream.send_all(self._frame)
+                await self._stream.send_all(_LENGTH.pack(len(body)) + body[:RECEIVE_BYTES])
+                if len(body) > RECEIVE_BYTES:
+                    await self._stream.send_all(memoryview(body)[RECEIVE_BYTES:])
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise Unreachable("the other side has closed the connection") from exc
             except trio.Cancelled:
