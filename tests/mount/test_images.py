@@ -114,7 +114,7 @@ def test_an_app_that_is_made_again_has_nothing_of_the_one_before(
     with open(image / "manifest.json", "rb", buffering=0) as file:
         assert shared_site.sh("rm -r $A", A=str(image.parent)).returncode == 0
         assert shared_site.write(checkpoint, f"name={image.parent.name}") == f"{_ref(image)}\n"
-        assert sorted(os.listdir(image.parent)) == ["index", "latest", "v1"]
+        assert sorted(os.listdir(image.parent)) == ["index", "latest", "policy", "v1"]
         with pytest.raises(OSError) as told:
             file.read()
         assert told.value.errno in (errno.ESRCH, errno.ESTALE)

@@ -111,7 +111,8 @@ def test_a_name_belongs_to_who_first_took_it(open_site: Site) -> None:
         done = as_user(open_site, BEN, f"echo name=blast > {place}; cat {place}")
         assert "Operation not permitted" in done.stderr
         assert done.stdout.startswith(f"error EPERM the name blast belongs to uid {ANNA}; use ano")
-        assert sorted(os.listdir(open_site.mnt / "images" / "blast")) == ["index", "latest", "v1"]
+        shown = sorted(os.listdir(open_site.mnt / "images" / "blast"))
+        assert shown == ["index", "latest", "policy", "v1"]
 
 
 def test_log_events_and_refusals_show_a_user_their_own(open_site: Site) -> None:
