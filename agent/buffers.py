@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
+
 BUFFER_BYTES = 1 << 20
+LEAST_BUFFERS, SPARE_BUFFERS = 16, 16
 MADV_POPULATE_WRITE = 23  # madvise(2), which Python lacks
 
 
@@ -91,3 +96,44 @@ class Piece:
     def give_back(self) -> None:
         if self._home is not None:
             self._home.give_back(self._index)
+
+
+class Reserve:
+    """Buffers for dumps: bounded for all of them together (0: by a quarter of the memory that is
+    free), but for LEAST_BUFFERS that everybody gets. They are kept for a while: they are warm."""
+
+    def __init__(self, limit_bytes: int = 0) -> None:
+        self._limit = limit_bytes
+        self._lent = 0
+        self._spare: Buffers | None = None
+        self._used = time.monotonic()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lent(self, expected_bytes: int) -> Iterator[Buffers]:
+        """Lend touched buffers for so many bytes, fewer where the limit does not let as many."""
+        most = self._limit or psutil.virtual_memory().available // 4
+        with self._lock:
+            left = max(0, most - self._lent) // BUFFER_BYTES
+            wanted = expected_bytes // BUFFER_BYTES + SPARE_BUFFERS
+            count = max(LEAST_BUFFERS, min(wanted, left))
+            spare, self._spare = self._spare, None
+            if spare is not None and count <= spare.count <= count + count // 4:
+                count = spare.count
+            self._lent += count * BUFFER_BYTES
+        try:
+            if spare is not None and spare.count == count:
+                buffers = spare
+            else:
+                buffers, spare = Buffers(count), None
+                buffers.touch()
+            yield buffers
+        finally:
+            with self._lock:
+                self._lent -= count * BUFFER_BYTES
+                self._spare, self._used = buffers, time.monotonic()
+
+    def trim(self, idle_s: float) -> None:
+        with self._lock:
+            if time.monotonic() - self._used >= idle_s:
+                self._spare = None

@@ -16,7 +16,7 @@ from krgfs.errors import Damaged, EngineFailed, KrgError
 from krgfs.model import Tree
 
 from . import durable, feeder, feeder_plan, procs
-from .images import Opened
+from .opened import Opened
 from .parts import Parts
 
 POLL_S = 0.1

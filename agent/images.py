@@ -11,44 +11,39 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
-import psutil
 import trio
-from blake3 import blake3
 from msgspec.structs import replace
 
 from krgfs import model, wire
 from krgfs.errors import BadWords, Damaged, Exists
 
-from . import audit, contents, criu_images, durable, pages, sweep, versions
+from . import audit, contents, durable, opened, pages, sweep, versions
 from .audit import Audit, Damage
 from .backend import DAY_S, Backend
 from .backend_bounded import kind_of, unbounded
-from .buffers import BUFFER_BYTES, Buffers
-from .chunk_sessions import Session
+from .buffers import Reserve
 from .chunks import ChunkStore
 from .imports import Imports
 from .intake import Intake
-from .manifest import MANIFEST, FileSum, Manifest, encode
+from .manifest import MANIFEST, Manifest
+from .opened import READ_AHEAD_BYTES, Opened
 from .places import Places
 from .recipe import Recipe
 from .serving import ImageSource, Reader
+from .spool import Spool
 from .sweep import Swept
 
-LEAST_BUFFERS, SPARE_BUFFERS = 16, 16
 KNOWN_IMAGES = 32
 IDLE_S = 10.0
-READ_AHEAD_BYTES = 8 << 20
-NO_SUM = "0" * 64
+SUMS = "sums/"
 
 
 class Limits(NamedTuple):
@@ -66,24 +61,6 @@ class Recovered(NamedTuple):
     removed: list[str]
     unlisted: list[str]
     missing: list[tuple[str, int]]
-
-
-class Opened(NamedTuple):
-    """An image whose manifest and recipe are in memory."""
-
-    manifest: Manifest
-    recipe: Recipe
-    source: ImageSource
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes of all files but the manifest."""
-        return {name: file.size for name, file in self.manifest.files.items()}
-
-    @property
-    def small(self) -> list[str]:
-        """The names of the files that CRIU and we read whole."""
-        return [name for name in self.recipe.files if not criu_images.is_large(name)]
 
 
 class Images:
@@ -114,7 +91,7 @@ class Images:
         self._limits = limits
         self._known: OrderedDict[str, Opened] = OrderedDict()
         self._seed = _seed(os.path.join(state_dir, "pages.seed"))
-        self._buffers = _Buffers(limits)
+        self._memory = Reserve(limits.memory_bytes)
 
     @classmethod
     async def open(
@@ -150,7 +127,7 @@ class Images:
     def idle(self) -> None:
         """Let go of memory that nobody has used for a while."""
         self.reader.trim(IDLE_S)
-        self._buffers.trim(IDLE_S)
+        self._memory.trim(IDLE_S)
 
     # -- writing
 
@@ -173,11 +150,12 @@ class Images:
 
             def prepare() -> Spool:
                 session = stack.enter_context(self.store.session())
-                known = pages.load(self.places.table(app))
-                buffers = stack.enter_context(self._buffers.lent(expected_bytes))
+                table = self.places.table(app)
+                known = pages.load(table)
+                buffers = stack.enter_context(self._memory.lent(expected_bytes))
                 intake = Intake(buffers, session, known, self._seed)
                 stack.callback(intake.close)
-                return Spool(self, app, path, session, intake)
+                return Spool(path, session, intake, self.store, partial(self.key, app), table)
 
             try:
                 yield await durable.run(f"cannot begin an image of {app}", prepare)
@@ -238,7 +216,7 @@ class Images:
             for name in image.small:
                 target = os.path.join(directory, name)
                 os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
-                durable.write(target, _whole(image, name))
+                durable.write(target, opened.whole(image, name))
 
         await durable.run(f"cannot unpack {image.manifest.ref}", work)
 
@@ -286,7 +264,7 @@ class Images:
             ]
         image = self._open(app, int(name[1:]))
         stored = self._stored_by_file(image)
-        text = encode(_with_sums(image.manifest, dict.fromkeys(image.recipe.files, NO_SUM)))
+        text = opened.blank_manifest_text(image)
         sizes = {name: image.recipe.size(name) for name in image.recipe.files}
         return [
             model.ImageFile(name=name, size=size, stored_bytes=stored.get(name, size))
@@ -322,19 +300,8 @@ class Images:
         return await durable.run(f"cannot read {app}/{name}/{file}", work)
 
     def _manifest_text(self, image: Opened) -> bytes:
-        """Return the manifest as a copy of the image has it: with the hash of every file, which are
-        made once and kept beside it."""
-        manifest = image.manifest
-        place = f"sums/{self.key(manifest.app, manifest.version)}"
-        try:
-            found = msgspec.json.decode(self.backend.read(place), type=tuple[str, dict[str, str]])
-        except (FileNotFoundError, msgspec.MsgspecError):
-            found = ("", {})
-        if found[0] != manifest.digest:
-            found = (manifest.digest, {name: _sum(image, name) for name in image.recipe.files})
-            with contextlib.suppress(OSError):  # only a short cut for who reads it next
-                self.backend.put(place, msgspec.json.encode(found), replace=True)
-        return encode(_with_sums(manifest, found[1]))
+        key = self.key(image.manifest.app, image.manifest.version)
+        return opened.manifest_text(image, self.backend, f"{SUMS}{key}")
 
     def _is_import(self, app: str, name: str) -> bool:
         return name.endswith(".part") or os.path.isdir(self.places.imported(app, name))
@@ -349,7 +316,7 @@ class Images:
         def work() -> None:
             self._known.pop(key, None)
             self.backend.delete(f"manifests/{key}")
-            self.backend.delete(f"sums/{key}")
+            self.backend.delete(f"{SUMS}{key}")
 
         await durable.run(f"cannot remove {app}/v{version}", work)
 
@@ -463,6 +430,7 @@ class Images:
     def _drop_versions(self, wanted: set[tuple[str, int]]) -> Iterator[str]:
         for app, version in sorted(wanted & self._published()):
             self.backend.delete(f"manifests/{self.key(app, version)}")
+            self.backend.delete(f"{SUMS}{self.key(app, version)}")
             yield f"{app}/v{version}"
 
     def _published(self) -> set[tuple[str, int]]:
@@ -485,125 +453,6 @@ class Images:
         return aside
 
 
-class Spool:
-    """An image on its way into the store. `path` has its small files, `intake` takes the rest."""
-
-    def __init__(
-        self, images: Images, app: str, path: str, session: Session, intake: Intake
-    ) -> None:
-        self.path = path
-        self.intake = intake
-        self._images = images
-        self._app = app
-        self._session = session
-        self._sealed: tuple[Manifest, Recipe, pages.Table] | None = None
-
-    async def load(self, ref: str) -> None:
-        """Take in the large files that lie in the directory themselves."""
-        large = [
-            file.name for file in contents.scan(self.path, ref) if criu_images.is_large(file.name)
-        ]
-
-        def work() -> None:
-            for name in large:
-                self.intake.load(os.path.join(self.path, name), name)
-
-        await durable.run(f"cannot store {ref}", work)
-
-    async def seal(self, manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> Manifest:
-        """Make all that was taken in durable, with small `texts` beside it, and return the manifest
-        with files and sizes. Cancelled, it stops soon."""
-        ref = manifest.ref
-
-        def work() -> Manifest:
-            small = _small_files(self.path, ref)
-            for name, text in (texts or {}).items():
-                small[name] = text.encode(errors="surrogateescape")
-            addresses = criu_images.Addresses(self.path)
-            stored = self.intake.finish(small, addresses.pages_of, trio.from_thread.check_cancelled)
-            self._session.flush()
-            taken = int(self._images.store.stored(stored.recipe.chunks).sum())
-            sized = replace(
-                manifest,
-                logical_bytes=stored.logical_bytes,
-                stored_bytes=taken,
-                new_bytes=self._session.new_bytes,
-            )
-            self._sealed = (sized, stored.recipe, stored.table)
-            return versions.encode(sized, stored.recipe)[1]
-
-        return await durable.run(f"cannot store {ref}", work)
-
-    async def publish(self, version: int) -> Manifest:
-        """Make it version `version` of its app, durably, and return its manifest. Exists when there
-        is such a version."""
-        if self._sealed is None:
-            raise RuntimeError("a spool is sealed before it is published")
-        manifest, recipe, table = self._sealed
-        images, app = self._images, self._app
-
-        def work() -> Manifest:
-            data, published = versions.encode(replace(manifest, version=version), recipe)
-            try:
-                self._session.publish(images.key(app, version), data)
-            except FileExistsError as exc:
-                raise Exists(f"cannot publish {app}/v{version}: it exists already") from exc
-            with contextlib.suppress(OSError):  # only a short cut for the next one
-                table.save(images.places.table(app))
-            return published
-
-        return await durable.run(f"cannot publish {app}/v{version}", work)
-
-
-class _Buffers:
-    """Memory for dumps: bounded for all of them together, and kept warm for a while."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limit = limits.memory_bytes
-        self._lent = 0
-        self._spare: Buffers | None = None
-        self._used = time.monotonic()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def lent(self, expected_bytes: int) -> Iterator[Buffers]:
-        """Lend touched buffers for so many bytes, fewer where the limit does not let as many."""
-        most = self._limit or psutil.virtual_memory().available // 4
-        with self._lock:
-            left = max(0, most - self._lent) // BUFFER_BYTES
-            wanted = expected_bytes // BUFFER_BYTES + SPARE_BUFFERS
-            count = max(LEAST_BUFFERS, min(wanted, left))
-            buffers, self._spare = self._spare, None
-            self._lent += count * BUFFER_BYTES
-        try:
-            if buffers is None or not count <= buffers.count <= 2 * count:
-                buffers = Buffers(count)
-                buffers.touch()
-            yield buffers
-        finally:
-            with self._lock:
-                self._lent -= count * BUFFER_BYTES
-                self._spare, self._used = buffers, time.monotonic()
-
-    def trim(self, idle_s: float) -> None:
-        with self._lock:
-            if time.monotonic() - self._used >= idle_s:
-                self._spare = None
-
-
-def _small_files(path: str, ref: str) -> dict[str, bytes]:
-    found = {}
-    for file in contents.scan(path, ref):
-        if file.name != MANIFEST and not criu_images.is_large(file.name):
-            target = os.path.join(path, file.name)
-            with (
-                durable.opened(target, os.O_RDONLY) as fd,
-                open(fd, "rb", closefd=False) as opened,
-            ):
-                found[file.name] = opened.read()
-    return found
-
-
 def _named(recipe: Recipe, bad: Collection[bytes]) -> list[str]:
     """Say which files have chunks that are damaged."""
     numbers = {number for number, id in enumerate(recipe.chunks) if id in bad}
@@ -613,27 +462,6 @@ def _named(recipe: Recipe, bad: Collection[bytes]) -> list[str]:
             some = recipe.chunks[min(hit)].hex()[:16]
             wrong.append(f"{name} is damaged ({len(hit)} chunks, among them {some})")
     return wrong
-
-
-def _whole(image: Opened, name: str) -> bytes:
-    data = bytearray(image.recipe.size(name))
-    image.source.read_into(name, 0, memoryview(data))
-    return bytes(data)
-
-
-def _sum(image: Opened, name: str) -> str:
-    hasher, buffer, at = blake3(max_threads=blake3.AUTO), memoryview(bytearray(BUFFER_BYTES)), 0
-    image.source.ahead(name, 0, READ_AHEAD_BYTES)
-    while count := image.source.read_into(name, at, buffer):
-        at += count
-        image.source.ahead(name, at, READ_AHEAD_BYTES)
-        hasher.update(buffer[:count])
-    return hasher.hexdigest()
-
-
-def _with_sums(manifest: Manifest, sums: Mapping[str, str]) -> Manifest:
-    files = {name: FileSum(file.size, sums[name]) for name, file in manifest.files.items()}
-    return replace(manifest, files=files, recipe="")
 
 
 def _seed(path: str) -> int:

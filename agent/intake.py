@@ -109,6 +109,9 @@ class Intake:
             self._small.setdefault(piece.file, []).append(bytes(piece.data))
             piece.give_back()
             return
+        self._keep(piece)
+
+    def _keep(self, piece: Piece) -> None:
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -160,7 +163,7 @@ class Intake:
                     piece.give_back()
                     break
                 try:
-                    self.take(piece)
+                    self._keep(piece)
                 except BaseException:
                     piece.give_back()
                     raise

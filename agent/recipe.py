@@ -20,6 +20,14 @@ ZERO = 0xFFFFFFFF  # in place of the number of a chunk: that many zero bytes
 ID_BYTES = 32
 MAX_LENGTH = 1 << 30
 MAX_RECIPE_BYTES = 1 << 32
+UNREADABLE = (
+    ValueError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zstandard.ZstdError,
+    msgspec.MsgspecError,
+)
 _HEAD = struct.Struct("<II")
 
 EXTENT = np.dtype([("chunk", "<u4"), ("offset", "<u4"), ("length", "<u4")])
@@ -110,7 +118,8 @@ def encode(recipe: Recipe) -> bytes:
     joined = np.concatenate([*recipe.files.values(), np.empty(0, EXTENT)])
     parts += [np.ascontiguousarray(joined[column]).tobytes() for column in joined.dtype.names or ()]
     head = _HEAD.pack(len(parts[0]), len(recipe.chunks))
-    return zstandard.ZstdCompressor(level=3).compress(head + b"".join(parts))
+    packer = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    return packer.compress(head + b"".join(parts))
 
 
 def decode(data: bytes, where: str) -> Recipe:
@@ -121,13 +130,13 @@ def decode(data: bytes, where: str) -> Recipe:
         at = _HEAD.size
         names = msgspec.msgpack.decode(raw[at : at + names_bytes], type=dict[str, int])
         at += names_bytes
+        total = sum(names.values())
+        if at + count * ID_BYTES + total * EXTENT.itemsize != len(raw):
+            raise ValueError("its length is wrong")
         chunks = [raw[i : i + ID_BYTES] for i in range(at, at + count * ID_BYTES, ID_BYTES)]
         at += count * ID_BYTES
-        total = sum(names.values())
         columns = np.frombuffer(raw, "<u4", 3 * total, at).reshape(3, total)
-        if at + columns.nbytes != len(raw):
-            raise ValueError("its length is wrong")
-    except (ValueError, struct.error, zstandard.ZstdError, msgspec.MsgspecError) as exc:
+    except UNREADABLE as exc:
         raise Damaged(f"the recipe of {where} is damaged: {exc}; use another copy") from exc
     _check(columns, count, where)
     files, first = {}, 0

@@ -23,6 +23,7 @@ from .recipe import ZERO, Recipe, Source
 CHUNK_BYTES = WINDOW_BYTES = 1 << 20
 WARM_BYTES = 64 << 20
 AHEAD_WINDOWS = 16
+SPARE = 4  # pieces of memory that are kept to be used again, beside what is warm
 SCATTERED = 8  # a window of more runs than this is put together in memory of its own
 
 
@@ -88,7 +89,7 @@ class Reader:
 
     def keep(self, memory: memoryview) -> None:
         with self._lock:
-            self._spare.append(memory)
+            self._put_by(memory)
 
     def trim(self, idle_s: float) -> None:
         """Let go of all memory that nobody reads, if nobody has for so long."""
@@ -117,13 +118,17 @@ class Reader:
         return warm
 
     def _make_room(self) -> None:
-        if len(self._warm) < self._most:
+        """Forget the chunks that nobody has asked for the longest, down to what may be warm."""
+        left = len(self._warm) - self._most + 1
+        if left <= 0:
             return
-        for id, warm in islice(self._warm.items(), len(self._warm) - self._most + 8):
-            if _is_idle(warm):
-                del self._warm[id]
-                self._spare.append(warm.memory)
-                return
+        idle = [id for id, warm in islice(self._warm.items(), 2 * left + 8) if _is_idle(warm)]
+        for id in idle[:left]:
+            self._put_by(self._warm.pop(id).memory)
+
+    def _put_by(self, memory: memoryview) -> None:
+        if len(self._spare) < SPARE:
+            self._spare.append(memory)
 
     def _memory(self) -> memoryview:
         return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, CHUNK_BYTES))

@@ -25,12 +25,12 @@ from krgfs.verbs import Checkpoint, Then
 
 from .. import criu, criu_images, feeding, names, outside, procs
 from ..criu_options import Option
-from ..images import Spool
 from ..jobs import Running
 from ..journal import OpenIntent, SpoolOpened, VersionPending
 from ..manifest import End, Manifest, Task
 from ..parts import Parts
 from ..procs import ProcessTree
+from ..spool import Spool
 from . import freeze
 
 

@@ -22,11 +22,11 @@ from krgfs.model import App, Image, Phase, ProcessId, Tree
 from krgfs.verbs import Restart
 
 from .. import criu, durable, feeding, keepers, names, procs, stream
-from ..images import Opened
 from ..jobs import Running
 from ..journal import KeeperStarted
 from ..keepers import Launched, Plan
 from ..manifest import Manifest
+from ..opened import Opened
 from ..parts import Parts
 
 ZOMBIE_S = 10.0

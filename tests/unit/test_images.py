@@ -16,9 +16,10 @@ from agent import manifest as manifests
 from agent import versions
 from agent.backend import MemoryBackend
 from agent.backend_directory import DirectoryBackend
+from agent.buffers import LEAST_BUFFERS
 from agent.chunks import ChunkStore
 from agent.durable import together
-from agent.images import LEAST_BUFFERS, Limits
+from agent.images import Limits
 from agent.manifest import MANIFEST, FileSum
 from agent.recipe import Recipe, extents
 from krgfs.errors import BadWords, Damaged, EngineFailed, Exists, Gone, NoRoom
