@@ -248,8 +248,8 @@ class Handles:
             offset=offset,
             size=min(size, wire.MAX_DATA),
         )
-        data = answer.data
-        return data
+        found: bytes = answer.data
+        return found
 
     def _refuse_removed(self, handle: Handle) -> None:
         if handle.digest != self._digest(handle):
