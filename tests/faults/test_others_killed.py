@@ -76,15 +76,52 @@ def test_a_killed_caller_cancels_its_checkpoint(here: Ground, phase: str) -> Non
     here.is_sound()
 
 
+WAITS = """#!/bin/sh
+# stands in front of the real CRIU, and waits before or after it restores
+wait() { : > {reached}; while [ ! -e {go} ]; do sleep 0.1; done; }
+case " $* " in *" restore "*) ;; *) exec {criu} "$@";; esac
+[ {moment} = after ] || wait
+{criu} "$@" || exit
+[ {moment} = before ] || wait
+"""
+
+
+class Waits:
+    """A CRIU, used from now on, that waits before or after it restores."""
+
+    def __init__(self, here: Ground, moment: str) -> None:
+        self._reached, self._go = here.site.base / "reached", here.site.base / "go"
+        script = here.site.base / "criu"
+        text = WAITS.replace("{moment}", moment)
+        for name, what in (
+            ("criu", here.site.facts(f"nodes/{here.site.node}/info")["criu_path"]),
+            ("reached", self._reached),
+            ("go", self._go),
+        ):
+            text = text.replace(f"{{{name}}}", str(what))
+        script.write_text(text)
+        script.chmod(0o755)
+        here.site.stop_agent()
+        here.agent_again("--criu", str(script))
+
+    def reached(self) -> None:
+        until(self._reached.exists, "CRIU where it waits")
+
+    def go(self) -> None:
+        self._go.touch()
+
+
 def test_the_next_agent_adopts_a_tree_that_comes_to_life(here: Ground) -> None:
+    criu = Waits(here, "after")
     here.begin("memory", *LARGE)
     ref = here.checkpoint("then=kill")
     here.gone()
     writer = here.write("restart", ref)
     here.wait_phase(2, "restoring")
-    until(lambda: engines(here.site), "CRIU at work")
+    criu.reached()
     here.kill_agent()
     here.agent_again()
+    criu.go()
     word, said = writer.outcome()
     assert (word, said) == ("ok", f"pid {here.work.pid}"), (word, said)
     assert here.site.facts(here.of("status"))["app"] == ref.partition("/")[0]
@@ -93,6 +130,23 @@ def test_the_next_agent_adopts_a_tree_that_comes_to_life(here: Ground) -> None:
     pid = here.work.pid
     assert here.work.finish() == "PASS"
     until(lambda: here.site.read(f"procs/{pid}/wait").startswith("exit 0"), "its exit status")
+
+
+def test_nothing_comes_to_life_that_no_agent_serves(here: Ground) -> None:
+    criu = Waits(here, "before")
+    here.begin("memory", *LARGE)
+    ref = here.checkpoint("then=kill")
+    here.gone()
+    writer = here.write("restart", ref)
+    here.wait_phase(2, "restoring")
+    criu.reached()
+    here.kill_agent()
+    here.agent_again()
+    criu.go()
+    word, said = writer.outcome()
+    assert word == "EIO" and "nothing of it runs" in said, (word, said)
+    assert not here.work.tasks()
+    here.is_sound()
 
 
 def test_the_next_agent_says_that_nothing_came_to_life(here: Ground) -> None:

@@ -32,8 +32,12 @@ def cramped() -> Iterator[Ground]:
         shutil.rmtree(site.base, ignore_errors=True)
 
 
-def test_a_full_disk_costs_nothing_but_the_attempt(cramped: Ground) -> None:
+@pytest.mark.parametrize("memory", ["1G", "32M"])
+def test_a_full_disk_costs_nothing_but_the_attempt(cramped: Ground, memory: str) -> None:
+    """Noticed after the dump, or, where that does not fit into the agent's memory, during it."""
     here = cramped
+    here.site.stop_agent()
+    here.agent_again("--memory", memory)
     here.begin("counter")
     first = here.checkpoint()
     small, here.workload = here.work, None
