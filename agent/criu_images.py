@@ -231,7 +231,7 @@ def check_pages(images: Path, sizes: Mapping[str, int]) -> None:
     """
     wanted: dict[int, int] = {}
     for path in images.glob("pagemap-*.img"):
-        file, ranges = _pagemap(path)
+        file, ranges = pagemap(path)
         wanted[file] = wanted.get(file, 0) + sum(count for _, count in ranges)
     for file, pages in wanted.items():
         name = f"pages-{file}.img"
@@ -252,14 +252,14 @@ class Addresses:
         if self._ranges is None:
             self._ranges = {}
             for path in sorted(self._images.glob("pagemap-*.img")):
-                number, ranges = _pagemap(path)
+                number, ranges = pagemap(path)
                 self._ranges.setdefault(f"pages-{number}.img", []).extend(ranges)
         ranges = self._ranges.get(file, [])
         found = [np.arange(at, at + count) for at, count in ranges]
         return np.concatenate([*found, np.empty(0, np.int64)]).astype(np.int64)
 
 
-def _pagemap(path: Path) -> tuple[int, list[tuple[int, int]]]:
+def pagemap(path: Path) -> tuple[int, list[tuple[int, int]]]:
     """Return the number of a page map's page file, and (page number, count) of what is in that."""
     found = entries(path, COMMON_MAGIC, PAGEMAP_MAGIC)
     file = as_int(fields_of(next(found, b"")).get(1, 0))

@@ -33,6 +33,7 @@ from krgfs.verbs import (
     Cancel,
     Checkpoint,
     Command,
+    Diff,
     Freeze,
     Restart,
     Signal,
@@ -108,7 +109,7 @@ class Desk:
         if isinstance(command, Restart):
             job = await self._restart(request, command)
             return wire.Accepted(id=request.id, job=job.id)
-        if isinstance(command, Verify | Sweep):
+        if isinstance(command, Verify | Sweep | Diff):
             job = await self._on_store(request, command)
             return wire.Accepted(id=request.id, job=job.id)
         tree = procs.look(_number(request.object), request.start)
@@ -164,6 +165,10 @@ class Desk:
                 return lambda job: store.verify(self._parts, job, wanted)
             case Sweep():
                 return lambda job: store.sweep(self._parts, job)
+            case Diff(image=ref, to=to):
+                (before,) = self._images(caller, ref)
+                (after,) = self._images(caller, to or verbs.ImageRef(ref.app))
+                return lambda job: store.diff(self._parts, job, before, after)
             case _:
                 raise BadWords(f"{type(command).__name__} is no verb of the store")
 

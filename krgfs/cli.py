@@ -33,6 +33,7 @@ ROOMS = {
     "images": "cli_show:images",
     "verify": "cli_images:verify",
     "sweep": "cli_images:sweep",
+    "diff": "cli_images:diff",
     "export": "cli_images:export",
     "import": "cli_images:import_",
     "jobs": "cli_show:jobs",

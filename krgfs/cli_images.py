@@ -1,4 +1,4 @@
-"""The commands of `krg` about images and their store: verify, sweep, export and import."""
+"""The commands of `krg` about images and their store: verify, sweep, diff, export, import."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import click
 
 from . import archive, cli_wait, cli_words
 from .cli_files import Files
-from .cli_options import as_json, at_mount, print_json
-from .cli_table import size
+from .cli_options import as_json, at_mount, print_json, width
+from .cli_table import Column, size, table
 from .errors import BadWords, Damaged, Exists, Gone
 from .verbs import VERSION, image_ref
 
 pass_files = click.make_pass_decorator(Files)
+PAGE_BYTES = 4096
 DRAW_S = 0.1
 MANIFEST_BYTES = 16 << 20
 _V = re.compile(r"v([1-9][0-9]{0,9})(?:\.part)?\Z")
@@ -102,6 +103,172 @@ def sweep(files: Files, as_json: bool) -> None:
     if facts["waiting"]:
         click.echo("; more is condemned, for a later sweep", nl=False)
     click.echo()
+
+
+# -- diff
+
+_PROCESS = re.compile(r"process (?P<pid>\d+) (?P<state>\w+) (?P<name>.*)")
+_COUNTS = r"pages (?P<pages>\d+) changed (?P<changed>\d+) added (?P<added>\d+)"
+_COUNTS += r" removed (?P<removed>\d+)"
+_MAPPING = re.compile(
+    rf"mapping (?P<range>\S+) (?P<state>\w+) (?P<kind>\w+) {_COUNTS} ?(?P<name>.*)"
+)
+_FILE = re.compile(r"file (?P<fd>\d+) (?P<state>\w+) (?P<what>.*)")
+_TOTAL = re.compile(rf"total processes (?P<processes>\d+) {_COUNTS}")
+MAPPING_COLUMNS = (
+    Column("MAPPING"),
+    Column("STATE"),
+    Column("KIND"),
+    Column("PAGES", right=True),
+    Column("CHANGED", right=True),
+    Column("ADDED", right=True),
+    Column("REMOVED", right=True),
+    Column("NAME", least=8),
+)
+
+
+@click.command(short_help="What changed from one image to another.")
+@click.argument("image", shell_complete=cli_words.complete_image)
+@click.argument("later", required=False, metavar="[IMAGE]", shell_complete=cli_words.complete_image)
+@as_json
+@at_mount
+@pass_files
+def diff(files: Files, image: str, later: str | None, as_json: bool) -> None:
+    """Show what changed from IMAGE to another one, or to the latest of its app.
+
+    Of each process: the mappings in which pages of 4 KiB changed, and the open files.
+    """
+    line = cli_words.line("diff", image, {cli_words.PREFIX + "to": later})
+    said = cli_wait.submit(files, files.path("store", "diff"), line, f"diff {image}")
+    found = difference_of(_log(files, said))
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(difference_text(found, width()), nl=False)
+
+
+def difference_of(lines: Iterable[str]) -> dict[str, Any]:
+    """Return the lines of a diff as an object."""
+    found: dict[str, Any] = {"total": {}, "processes": []}
+    for line in lines:
+        if match := _PROCESS.fullmatch(line):
+            found["processes"].append({**_numbers(match), "mappings": [], "files": []})
+        elif match := _MAPPING.fullmatch(line):
+            found["processes"][-1]["mappings"].append(_numbers(match))
+        elif match := _FILE.fullmatch(line):
+            found["processes"][-1]["files"].append(_numbers(match))
+        elif match := _TOTAL.fullmatch(line):
+            found["total"] = _numbers(match)
+    return found
+
+
+def _numbers(match: re.Match[str]) -> dict[str, object]:
+    texts = ("range", "name", "what", "kind", "state")
+    return {key: text if key in texts else int(text) for key, text in match.groupdict().items()}
+
+
+def difference_text(found: dict[str, Any], columns: int) -> str:
+    """Return a diff as a person reads it; processes in which nothing changed are left out."""
+    parts = []
+    for process in found["processes"]:
+        if not (process["mappings"] or process["files"] or process["state"] != "same"):
+            continue
+        word = "" if process["state"] == "same" else f" {process['state']}"
+        parts.append(f"{process['pid']} {process['name']}{word}\n")
+        if process["mappings"]:
+            keys = ("range", "state", "kind", "pages", "changed", "added", "removed", "name")
+            rows = [[str(each[key]) for key in keys] for each in process["mappings"]]
+            parts.append(table(MAPPING_COLUMNS, rows, columns))
+        parts += [f"fd {f['fd']} {f['state']}: {f['what']}\n" for f in process["files"]]
+        parts.append("\n")
+    total = found["total"]
+    moved = size((total["changed"] + total["added"]) * PAGE_BYTES)
+    return "".join(parts) + (
+        f"{total['changed']} of {total['pages']} pages changed, {total['added']} added ({moved}), "
+        f"{total['removed']} removed\n"
+    )
+
+
+# -- diff
+
+_PROCESS = re.compile(r"process (?P<pid>\d+) (?P<state>\w+) (?P<name>.*)")
+_COUNTS = r"pages (?P<pages>\d+) changed (?P<changed>\d+) added (?P<added>\d+)"
+_COUNTS += r" removed (?P<removed>\d+)"
+_MAPPING = re.compile(rf"mapping (?P<range>\S+) (?P<state>\w+) (?P<kind>\w+) {_COUNTS} ?(?P<name>.*)")
+_FILE = re.compile(r"file (?P<fd>\d+) (?P<state>\w+) (?P<what>.*)")
+_TOTAL = re.compile(rf"total processes (?P<processes>\d+) {_COUNTS}")
+MAPPING_COLUMNS = (
+    Column("MAPPING"),
+    Column("STATE"),
+    Column("KIND"),
+    Column("PAGES", right=True),
+    Column("CHANGED", right=True),
+    Column("ADDED", right=True),
+    Column("REMOVED", right=True),
+    Column("NAME", least=8),
+)
+
+
+@click.command(short_help="What changed from one image to another.")
+@click.argument("image", shell_complete=cli_words.complete_image)
+@click.argument("later", required=False, metavar="[IMAGE]", shell_complete=cli_words.complete_image)
+@as_json
+@at_mount
+@pass_files
+def diff(files: Files, image: str, later: str | None, as_json: bool) -> None:
+    """Show what changed from IMAGE to another one, or to the latest of its app.
+
+    Of each process: the mappings in which pages of 4 KiB changed, and the open files.
+    """
+    line = cli_words.line("diff", image, {cli_words.PREFIX + "to": later})
+    said = cli_wait.submit(files, files.path("store", "diff"), line, f"diff {image}")
+    found = difference_of(_log(files, said))
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(difference_text(found, width()), nl=False)
+
+
+def difference_of(lines: Iterable[str]) -> dict[str, Any]:
+    """Return the lines of a diff as an object."""
+    found: dict[str, Any] = {"total": {}, "processes": []}
+    for line in lines:
+        if match := _PROCESS.fullmatch(line):
+            found["processes"].append({**_numbers(match), "mappings": [], "files": []})
+        elif match := _MAPPING.fullmatch(line):
+            found["processes"][-1]["mappings"].append(_numbers(match))
+        elif match := _FILE.fullmatch(line):
+            found["processes"][-1]["files"].append(_numbers(match))
+        elif match := _TOTAL.fullmatch(line):
+            found["total"] = _numbers(match)
+    return found
+
+
+def _numbers(match: re.Match[str]) -> dict[str, object]:
+    texts = ("range", "name", "what", "kind", "state")
+    return {key: text if key in texts else int(text) for key, text in match.groupdict().items()}
+
+
+def difference_text(found: dict[str, Any], columns: int) -> str:
+    """Return a diff as a person reads it; processes in which nothing changed are left out."""
+    parts = []
+    for process in found["processes"]:
+        if not (process["mappings"] or process["files"] or process["state"] != "same"):
+            continue
+        word = "" if process["state"] == "same" else f" {process['state']}"
+        parts.append(f"{process['pid']} {process['name']}{word}\n")
+        if process["mappings"]:
+            keys = ("range", "state", "kind", "pages", "changed", "added", "removed", "name")
+            rows = [[str(each[key]) for key in keys] for each in process["mappings"]]
+            parts.append(table(MAPPING_COLUMNS, rows, columns))
+        parts += [f"fd {f['fd']} {f['state']}: {f['what']}\n" for f in process["files"]]
+        parts.append("\n")
+    total = found["total"]
+    moved = size((total["changed"] + total["added"]) * PAGE_BYTES)
+    return "".join(parts) + (
+        f"{total['changed']} of {total['pages']} pages changed, {total['added']} added ({moved}), "
+        f"{total['removed']} removed\n"
+    )
 
 
 # -- export and import
@@ -267,7 +434,8 @@ def import_(files: Files, file: str, image: str | None, as_json: bool) -> None:
     called = "the standard input" if file == "-" else file
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_in_order())
-        source = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
+        number = sys.stdin.fileno() if file == "-" else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        source = stack.enter_context(open(number, "rb", buffering=0, closefd=file != "-"))
         ref = _import(files, archive.entries(source, called), image, Moving("import", "reading"))
     if as_json:
         print_json({"image": ref})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import trio
 import zstandard
@@ -16,8 +17,9 @@ from msgspec.structs import replace
 from krgfs.errors import Damaged
 from krgfs.model import Image, Phase
 
-from .. import audit, figures
+from .. import audit, compare, durable, figures
 from ..audit import Damage
+from ..compare import Side
 from ..jobs import Running
 from ..parts import Parts
 
@@ -135,6 +137,36 @@ async def _keep(parts: Parts, job: Running) -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+async def diff(parts: Parts, job: Running, before: Image, after: Image) -> str:
+    """Say in the job's log what changed from one image to another; returns how much."""
+    job.phase(Phase.READING)
+    sides = [await parts.images.opened(each.app, each.version) for each in (before, after)]
+    path = parts.images.places.spool(job.id)
+    paths = [os.path.join(path, name) for name in ("before", "after")]
+    told = _told(job)
+
+    def work() -> list[str]:
+        both = [Side(side, Path(where)) for side, where in zip(sides, paths, strict=True)]
+        return list(compare.differences(*both, told))
+
+    os.mkdir(path, 0o700)
+    try:
+        for side, where in zip(sides, paths, strict=True):
+            os.mkdir(where, 0o700)
+            await parts.images.unpacked(side, where)
+        try:
+            lines = await durable.run(f"cannot compare {before.ref} and {after.ref}", work)
+        except Damaged as exc:  # where its files lie is the agent's own business
+            text = exc.message.replace(paths[0], before.ref).replace(paths[1], after.ref)
+            raise Damaged(f"cannot compare {before.ref} and {after.ref}: {text}") from exc
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(durable.delete, path)
+    _say(job, lines)
+    await _keep(parts, job)
+    return f"{lines[-1]} log jobs/{job.id}/log"
 
 
 async def sweep(parts: Parts, job: Running) -> str:

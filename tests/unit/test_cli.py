@@ -326,6 +326,7 @@ def test_what_is_no_error_is_none():
         ("cancel", "7"),
         ("verify",),
         ("sweep",),
+        ("diff", "blast/v1", "blast/v2"),
         ("export", "blast", "-"),
         ("import", "-"),
     ],
