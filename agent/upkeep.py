@@ -64,10 +64,13 @@ class Upkeep:
                 await self._wanted.wait()
             self._wanted = trio.Event()
             apps, self._apps = self._apps, set()
-            if trio.current_time() >= look_at:
+            is_time = trio.current_time() >= look_at
+            if is_time:
                 look_at = trio.current_time() + LOOK_S
                 apps |= self._state.apps.keys()
             try:
+                if is_time:
+                    await self._count()
                 await self._look_after(apps)
             except Exception as exc:
                 log.exception("upkeep.failed error=%s", type(exc).__name__)
@@ -100,7 +103,7 @@ class Upkeep:
             again_s = LOOK_S
             try:
                 swept = await self._images.sweep()
-                await durable.run("cannot look at the image store", self._room.count)
+                await self._count()
                 is_left = bool(swept.condemned_chunks or swept.waiting)
                 again_s = self._again_s(is_left)
                 if swept.freed_bytes:
@@ -112,6 +115,9 @@ class Upkeep:
             except KrgError as exc:
                 log.warning("sweep.failed reason=%r", exc.message)
             self._sweep_at = min(self._sweep_at, trio.current_time() + again_s)
+
+    async def _count(self) -> None:
+        await durable.run("cannot look at the image store", self._room.count)
 
     def _again_s(self, is_left: bool) -> float:
         if self._images.alone:
