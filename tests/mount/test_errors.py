@@ -176,7 +176,7 @@ def no_room(ground: Ground) -> Told:
     """The store is on a filesystem of its own, which is small."""
     ground.site.stop_agent()
     store = ground.site.state / "images"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "krg", str(store)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "krg", str(store)], check=True)
     ground.stack.callback(come_back, ground.site)
     ground.stack.callback(lambda: subprocess.run(["umount", "-l", str(store)], check=True))
     ground.stack.callback(ground.site.stop_agent)
