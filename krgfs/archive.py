@@ -58,20 +58,21 @@ def written(sink: Sink, ref: str) -> Iterator[Callable[[File, Source], None]]:
     makes it whole. What is left after an error is refused by `entries`."""
     hashed = _Hashed(sink)
     compressor = zstandard.ZstdCompressor(LEVEL, write_checksum=True, threads=-1)
-    with (
-        compressor.stream_writer(hashed, closefd=False, write_size=PIECE_BYTES) as packed,  # type: ignore[arg-type]
-        tarfile.TarFile(
-            fileobj=packed, mode="w", format=tarfile.PAX_FORMAT, copybufsize=PIECE_BYTES
-        ) as tar,
-    ):
+    # none of these is closed after an error: that would write on, to who may not read any more
+    packed = compressor.stream_writer(hashed, closefd=False, write_size=PIECE_BYTES)  # type: ignore[arg-type]
+    tar = tarfile.TarFile(
+        fileobj=packed, mode="w", format=tarfile.PAX_FORMAT, copybufsize=PIECE_BYTES
+    )
 
-        def add(file: File, data: Source) -> None:
-            entry = tarfile.TarInfo(f"{ref}/{file.name}")
-            entry.size, entry.mode, entry.mtime = file.size, file.mode, int(file.modified)
-            entry.uid, entry.gid = file.uid, file.gid
-            tar.addfile(entry, data)  # type: ignore[arg-type]
+    def add(file: File, data: Source) -> None:
+        entry = tarfile.TarInfo(f"{ref}/{file.name}")
+        entry.size, entry.mode, entry.mtime = file.size, file.mode, int(file.modified)
+        entry.uid, entry.gid = file.uid, file.gid
+        tar.addfile(entry, data)  # type: ignore[arg-type]
 
-        yield add
+    yield add
+    tar.close()
+    packed.close()  # type: ignore[no-untyped-call]
     sink.write(_SEAL.pack(_SEAL_MAGIC, 32, hashed.digest()))
 
 

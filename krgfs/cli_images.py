@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -24,6 +24,7 @@ from .verbs import VERSION, image_ref
 
 pass_files = click.make_pass_decorator(Files)
 PAGE_BYTES = 4096
+OUTPUT = "standard output"
 DRAW_S = 0.1
 MANIFEST_BYTES = 16 << 20
 _V = re.compile(r"v([1-9][0-9]{0,9})(?:\.part)?\Z")
@@ -189,88 +190,6 @@ def difference_text(found: dict[str, Any], columns: int) -> str:
     )
 
 
-# -- diff
-
-_PROCESS = re.compile(r"process (?P<pid>\d+) (?P<state>\w+) (?P<name>.*)")
-_COUNTS = r"pages (?P<pages>\d+) changed (?P<changed>\d+) added (?P<added>\d+)"
-_COUNTS += r" removed (?P<removed>\d+)"
-_MAPPING = re.compile(rf"mapping (?P<range>\S+) (?P<state>\w+) (?P<kind>\w+) {_COUNTS} ?(?P<name>.*)")
-_FILE = re.compile(r"file (?P<fd>\d+) (?P<state>\w+) (?P<what>.*)")
-_TOTAL = re.compile(rf"total processes (?P<processes>\d+) {_COUNTS}")
-MAPPING_COLUMNS = (
-    Column("MAPPING"),
-    Column("STATE"),
-    Column("KIND"),
-    Column("PAGES", right=True),
-    Column("CHANGED", right=True),
-    Column("ADDED", right=True),
-    Column("REMOVED", right=True),
-    Column("NAME", least=8),
-)
-
-
-@click.command(short_help="What changed from one image to another.")
-@click.argument("image", shell_complete=cli_words.complete_image)
-@click.argument("later", required=False, metavar="[IMAGE]", shell_complete=cli_words.complete_image)
-@as_json
-@at_mount
-@pass_files
-def diff(files: Files, image: str, later: str | None, as_json: bool) -> None:
-    """Show what changed from IMAGE to another one, or to the latest of its app.
-
-    Of each process: the mappings in which pages of 4 KiB changed, and the open files.
-    """
-    line = cli_words.line("diff", image, {cli_words.PREFIX + "to": later})
-    said = cli_wait.submit(files, files.path("store", "diff"), line, f"diff {image}")
-    found = difference_of(_log(files, said))
-    if as_json:
-        print_json(found)
-    else:
-        click.echo(difference_text(found, width()), nl=False)
-
-
-def difference_of(lines: Iterable[str]) -> dict[str, Any]:
-    """Return the lines of a diff as an object."""
-    found: dict[str, Any] = {"total": {}, "processes": []}
-    for line in lines:
-        if match := _PROCESS.fullmatch(line):
-            found["processes"].append({**_numbers(match), "mappings": [], "files": []})
-        elif match := _MAPPING.fullmatch(line):
-            found["processes"][-1]["mappings"].append(_numbers(match))
-        elif match := _FILE.fullmatch(line):
-            found["processes"][-1]["files"].append(_numbers(match))
-        elif match := _TOTAL.fullmatch(line):
-            found["total"] = _numbers(match)
-    return found
-
-
-def _numbers(match: re.Match[str]) -> dict[str, object]:
-    texts = ("range", "name", "what", "kind", "state")
-    return {key: text if key in texts else int(text) for key, text in match.groupdict().items()}
-
-
-def difference_text(found: dict[str, Any], columns: int) -> str:
-    """Return a diff as a person reads it; processes in which nothing changed are left out."""
-    parts = []
-    for process in found["processes"]:
-        if not (process["mappings"] or process["files"] or process["state"] != "same"):
-            continue
-        word = "" if process["state"] == "same" else f" {process['state']}"
-        parts.append(f"{process['pid']} {process['name']}{word}\n")
-        if process["mappings"]:
-            keys = ("range", "state", "kind", "pages", "changed", "added", "removed", "name")
-            rows = [[str(each[key]) for key in keys] for each in process["mappings"]]
-            parts.append(table(MAPPING_COLUMNS, rows, columns))
-        parts += [f"fd {f['fd']} {f['state']}: {f['what']}\n" for f in process["files"]]
-        parts.append("\n")
-    total = found["total"]
-    moved = size((total["changed"] + total["added"]) * PAGE_BYTES)
-    return "".join(parts) + (
-        f"{total['changed']} of {total['pages']} pages changed, {total['added']} added ({moved}), "
-        f"{total['removed']} removed\n"
-    )
-
-
 # -- export and import
 
 
@@ -315,6 +234,22 @@ class Counted:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Sink(NamedTuple):
+    """What is written at once and whole; errors say its name."""
+
+    fd: int
+    name: str
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self.fd, rest) :]
+        except OSError as exc:
+            exc.filename = self.name
+            raise
 
 
 @click.command(short_help="Write an image into one file.")
@@ -375,25 +310,23 @@ def _written(path: str) -> Iterator[archive.Sink]:
     if path == "-":
         if sys.stdout.isatty():
             raise BadWords("an export is not for a terminal: name a file, or a pipe after it")
-        yield sys.stdout.buffer
         sys.stdout.flush()
+        yield Sink(sys.stdout.fileno(), OUTPUT)
         return
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadWords(f"{path} is no plain file; write - for the standard output")
     part = f"{path}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        with open(fd, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(fd)
+        yield Sink(fd, part)
+        os.fsync(fd)
         os.rename(part, path)
-    except BaseException as exc:
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-        if isinstance(exc, OSError) and exc.filename is None:
-            exc.filename = part
         raise
+    finally:
+        os.close(fd)
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)

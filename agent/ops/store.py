@@ -169,36 +169,6 @@ async def diff(parts: Parts, job: Running, before: Image, after: Image) -> str:
     return f"{lines[-1]} log jobs/{job.id}/log"
 
 
-async def diff(parts: Parts, job: Running, before: Image, after: Image) -> str:
-    """Say in the job's log what changed from one image to another; returns how much."""
-    job.phase(Phase.READING)
-    sides = [await parts.images.opened(each.app, each.version) for each in (before, after)]
-    path = parts.images.places.spool(job.id)
-    paths = [os.path.join(path, name) for name in ("before", "after")]
-    told = _told(job)
-
-    def work() -> list[str]:
-        both = [Side(side, Path(where)) for side, where in zip(sides, paths, strict=True)]
-        return list(compare.differences(*both, told))
-
-    os.mkdir(path, 0o700)
-    try:
-        for side, where in zip(sides, paths, strict=True):
-            os.mkdir(where, 0o700)
-            await parts.images.unpacked(side, where)
-        try:
-            lines = await durable.run(f"cannot compare {before.ref} and {after.ref}", work)
-        except Damaged as exc:  # where its files lie is the agent's own business
-            text = exc.message.replace(paths[0], before.ref).replace(paths[1], after.ref)
-            raise Damaged(f"cannot compare {before.ref} and {after.ref}: {text}") from exc
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(durable.delete, path)
-    _say(job, lines)
-    await _keep(parts, job)
-    return f"{lines[-1]} log jobs/{job.id}/log"
-
-
 async def sweep(parts: Parts, job: Running) -> str:
     """Remove from the store what no image needs; returns what was freed."""
     job.phase(Phase.READING)
