@@ -19,7 +19,7 @@ import zstandard
 from blake3 import blake3
 
 from .errors import BadWords, Damaged
-from .verbs import quoted
+from .verbs import NAME, quoted
 
 FIRST = "manifest.json"
 LEVEL = 3
@@ -137,7 +137,8 @@ def _refusal(called: str) -> Damaged:
 def _checked(member: tarfile.TarInfo, called: str) -> tuple[str, str, str]:
     match = _NAME.fullmatch(member.name)
     is_plain = member.type == tarfile.REGTYPE and member.sparse is None
-    if not match or match["name"] in (".", "..") or not is_plain:
+    is_named = match and NAME.match(match["app"]) and match["name"] not in (".", "..")
+    if not match or not is_named or not is_plain:
         raise BadWords(
             f"{called} holds {quoted(member.name)}, which is no plain file APP/vN/FILE; only what "
             "`krg export` made can be imported"
