@@ -27,7 +27,6 @@ from tests.workloads.harness import Workload
 
 NOT_YET = {
     errors.TimedOut: "there is no other node yet that could be late",
-    errors.OverQuota: "root, which keeps the store, is exempt from the quotas of local filesystems",
     errors.Fenced: "two agents on one state directory are kept apart by a lock; nodes come later",
 }
 
@@ -165,9 +164,9 @@ def unreachable(ground: Ground) -> Told:
     return told
 
 
-def come_back(site: Site) -> None:
+def come_back(site: Site, *options: str) -> None:
     """Start the agent of a site whose mount is there."""
-    site.start_agent()
+    site.start_agent(*options)
     state = site.mnt / "nodes" / "n1" / "state"
     until(lambda: state.read_text().startswith("online"), "the mount has its agent again")
 
@@ -176,11 +175,19 @@ def no_room(ground: Ground) -> Told:
     """The store is on a filesystem of its own, which is small."""
     ground.site.stop_agent()
     store = ground.site.state / "images"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "krg", str(store)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "krg", str(store)], check=True)
     ground.stack.callback(come_back, ground.site)
     ground.stack.callback(lambda: subprocess.run(["umount", "-l", str(store)], check=True))
     ground.stack.callback(ground.site.stop_agent)
     come_back(ground.site)
+    return ground.tell(ground.place / "checkpoint", "1")
+
+
+def over_quota(ground: Ground) -> Told:
+    ground.site.stop_agent()
+    ground.stack.callback(come_back, ground.site)
+    ground.stack.callback(ground.site.stop_agent)
+    come_back(ground.site, "--quota=1K")
     return ground.tell(ground.place / "checkpoint", "1")
 
 
@@ -250,7 +257,8 @@ WAYS: dict[type[errors.KrgError], Way] = {
     errors.CannotRunHere: Way(cannot_run_here, ("cannot restart moved/v1", "/program")),
     errors.Exists: Way(exists, ("alive lives already", "as process", "end that one first")),
     errors.Unreachable: Way(unreachable, ("the agent of this node", "krg up")),
-    errors.NoRoom: Way(no_room, ("no room",)),
+    errors.NoRoom: Way(no_room, ("are free in the image store", "rmdir")),
+    errors.OverQuota: Way(over_quota, ("1.0 KiB", "--quota", "rmdir")),
     errors.Damaged: Way(damaged, ("broken/v1 is damaged", "pages-", "another version")),
     errors.PartOfIt: Way(part_of_it, ("is part of the tree", "nobody would be left", "outside")),
     errors.Cancelled: Way(cancelled, ("a signal waits for the caller", "is being cancelled")),
