@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import socket
@@ -13,10 +14,12 @@ import trio
 from msgspec.structs import replace
 
 from krgfs import VERSION, facts
+from krgfs.errors import KrgError
 from krgfs.model import Load
 
 from .parts import Parts
 
+log = logging.getLogger(__name__)
 LOOK_S = 5.0
 
 
@@ -72,7 +75,10 @@ async def keep(parts: Parts) -> None:
     """Do that every few seconds, and drop records that have outlived their use."""
     while True:
         await trio.sleep(LOOK_S)
-        await show(parts)
+        try:
+            await show(parts)
+        except KrgError as exc:  # a back end that is out of reach now; the old figures stay
+            log.warning("figures.failed reason=%s", exc.message)
         await trio.to_thread.run_sync(parts.images.idle)
         old = parts.state.outlived()
         for start in range(0, len(old), 50):
