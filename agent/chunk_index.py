@@ -100,6 +100,19 @@ class Index:
         self._ids = b""  # the same, 16 bytes each
         self._numbers: dict[PackId, int] = {}
         self._damaged: dict[PackId, tuple[Entry, str]] = {}
+        self._doubted: frozenset[ChunkId] = frozenset()
+
+    def doubt(self, ids: Iterable[ChunkId]) -> None:
+        """Remember chunks that were found damaged: nobody relies on them until they are stored
+        once more."""
+        with self._lock:
+            self._doubted |= frozenset(ids)
+
+    def is_doubted(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Tell which of these were found damaged and not stored since."""
+        if not self._doubted:
+            return np.zeros(len(ids), dtype=bool)
+        return np.array([id.tobytes() in self._doubted for id in ids], dtype=bool)
 
     def refresh(self) -> None:
         """Learn of the packs that others wrote or removed. A pack whose table is damaged is
@@ -146,6 +159,9 @@ class Index:
     def learn(self, pack: PackId, rows: Rows) -> None:
         """Add a pack that was committed just now."""
         self._learn([(pack, rows)])
+        if self._doubted:
+            with self._lock:
+                self._doubted -= {id.tobytes() for id in rows["id"]}
 
     def _learn(self, found: list[tuple[PackId, Rows]]) -> None:
         with self._lock:

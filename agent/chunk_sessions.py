@@ -225,7 +225,7 @@ class Session:
             which, rows = self._index.find(ids)
             copies = chunk_records.by_id(self._index.pack_ids(rows), rows["id"])
             stays[which[~self._condemned.has(copies)]] = True
-        return stays
+        return stays & ~self._index.is_doubted(ids)
 
     @contextmanager
     def _added(self, id: ChunkId | None) -> Iterator[bool]:

@@ -88,6 +88,7 @@ def verify(store: ChunkStore, named: Named, told: Callable[[int], None] = _nobod
             continue
         if absent:
             lacking.append((name, absent))
+    store.index.doubt(each.id for pack in found for each in pack.bad_chunks)
     return Report(
         images,
         len(found),

@@ -143,7 +143,9 @@ class ChunkStore:
         with ThreadPoolExecutor(READERS) as pool:
             for found in pool.map(self._sound, spans(in_order(rows[first]))):
                 sound |= found
-        return [id for id in wanted if id not in sound and not self._is_sound(id)]
+        bad = [id for id in wanted if id not in sound and not self._is_sound(id)]
+        self.index.doubt(bad)
+        return bad
 
     def _with_place(self, id: ChunkId, use: Callable[[Place], T]) -> T:
         """Use the first copy that is good; look anew when one has been moved."""
@@ -161,6 +163,8 @@ class ChunkStore:
             if not moved:
                 break
             self.refresh()
+        if not isinstance(failure, OSError):
+            self.index.doubt([id])
         raise failure or self._lost(id)
 
     def _lost(self, id: ChunkId) -> Damaged:

@@ -59,9 +59,15 @@ class Spool:
 
         await durable.run(f"cannot store {ref}", work)
 
-    async def seal(self, manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> Manifest:
+    async def seal(
+        self, manifest: Manifest, *, texts: Mapping[str, str] | None = None, sure: bool = False
+    ) -> Manifest:
         """Make all that was taken in durable, with small `texts` beside it, and return the manifest
-        with files and sizes. Cancelled, it stops soon."""
+        with files and sizes. Cancelled, it stops soon.
+
+        With `sure` the chunks that it shares with earlier images are looked at too: Damaged where
+        one is not what it was; it is stored anew the next time.
+        """
         ref = manifest.ref
 
         def work() -> Manifest:
@@ -72,6 +78,11 @@ class Spool:
             small = dict(sorted(small.items()))
             stored = self.intake.finish(small, addresses.pages_of, trio.from_thread.check_cancelled)
             self._session.flush()
+            if sure and (bad := self._store.check(stored.recipe.chunks)):
+                raise Damaged(
+                    f"{len(bad)} chunks of the image store that {manifest.app} shares with earlier "
+                    "images are damaged; do it again, and they are stored anew"
+                )
             taken = int(self._store.stored(stored.recipe.chunks).sum())
             sized = replace(
                 manifest,

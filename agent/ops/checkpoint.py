@@ -159,7 +159,7 @@ async def _keep(
     job.phase(Phase.STORING, freeze_ms=report.frozen_ms, downtime_ms=report.frozen_ms)
     user_info = facts.files_text(facts.open_files(tree.tasks)).decode()
     texts = {"description": _description(manifest), "user_info.txt": user_info}
-    await spool.seal(manifest, texts=texts)
+    await spool.seal(manifest, texts=texts, sure=words.then.kind != "run")
     # ---- commit: the record makes the image; before it everything is undone
     with trio.CancelScope(shield=True):
         async with intent.noted(VersionPending(app.name, version)):

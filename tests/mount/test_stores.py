@@ -128,6 +128,33 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in directory.iterdir() if each.is_file()}
 
 
+def test_what_was_found_damaged_is_stored_anew(start: Start) -> None:
+    """A tree is not ended for an image that shares damaged chunks with an earlier one."""
+    with Site() as site:
+        workload = start("memory", 32, 0.0, 0.7)
+        tree, file = workload.tree(), site.proc(workload.pid) / "checkpoint"
+        site.write(file, "name=hurt")
+        packs = (site.state / "images" / "packs").glob("*/*")
+        pack = max(packs, key=lambda path: path.stat().st_size)
+        with open(pack, "r+b") as data:
+            data.seek(pack.stat().st_size // 2)
+            byte = data.read(1)[0]
+            data.seek(-1, os.SEEK_CUR)
+            data.write(bytes([byte ^ 1]))
+        with pytest.raises(OSError, match="Bad message"):
+            site.write(file, "name=hurt then=kill")
+        assert "stored anew" in site.read(file)
+        assert workload.wait_progress()
+        assert site.write(file, "name=hurt then=kill") == "hurt/v2\n"
+        workload.wait_gone(tree)
+        for number in (2, 1):  # what is stored anew makes the earlier image whole again
+            assert site.write("restart", f"hurt/v{number}").startswith("pid ")
+            assert workload.wait_progress()
+            if number == 2:
+                end(site, workload, workload.pid)
+        assert workload.finish() == "PASS"
+
+
 def test_copies_of_one_image_restarted_at_once(start: Start, tmp_path: Path) -> None:
     workload = start("memory", 32, 0.05, 0.5)
     with Site() as site:
