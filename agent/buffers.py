@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +18,11 @@ import psutil
 
 BUFFER_BYTES = 1 << 20
 LEAST_BUFFERS, SPARE_BUFFERS = 16, 16
-MADV_POPULATE_WRITE = 23  # madvise(2), which Python lacks
+TOUCH_BYTES = 32 << 20
+MADV_POPULATE_WRITE = 23  # madvise(2)
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Buffers:
@@ -37,8 +44,15 @@ class Buffers:
 
     def touch(self) -> None:
         """Have the kernel back all of it by real memory. Blocks, other threads run on."""
-        with contextlib.suppress(OSError):  # before Linux 5.14 it comes as it is used
-            self._memory.madvise(MADV_POPULATE_WRITE)
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            list(workers.map(self._touch, range(0, len(self._memory), TOUCH_BYTES)))
+
+    def _touch(self, offset: int) -> None:
+        # not mmap.madvise, which keeps all other threads waiting; before Linux 5.14 it fails, and
+        # memory comes as it is used
+        size = min(TOUCH_BYTES, len(self._memory) - offset)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory, offset))
+        _madvise(start, size, MADV_POPULATE_WRITE)
 
     def __getitem__(self, index: int) -> memoryview:
         return self._views[index]
