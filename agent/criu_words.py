@@ -63,7 +63,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         r"Can't fork for (?P<pid>\d+): File exists",
         Exists,
-        "pid {pid} is taken by another process; write pid=new (or auto) for a private pid "
+        "pid {pid} is taken by another process; write pid=new for a private pid "
         "namespace",
     ),
     _rule(

@@ -11,7 +11,7 @@ import numpy as np
 
 from krgfs.errors import Damaged
 
-from . import durable, recipe
+from . import chunk_codec, durable, recipe
 from .chunk_codec import Codec, Place
 from .chunks import ChunkStore
 from .feeder_packs import PLAN, ZERO, Chunk, Extents, Plan
@@ -58,9 +58,14 @@ def _made(store: ChunkStore, image: Recipe, directory: str, root: str) -> str:
 
 
 def _place(store: ChunkStore, id: bytes) -> Place:
+    """Return where a chunk is that is good, should it be in several packs."""
     if not (found := store.index.places(id)):
         raise Damaged(f"chunk {id.hex()[:16]} is in no pack")
-    return found[0]
+    for place in found[:-1]:
+        stored = store.backend.read(place.pack, place.offset, place.stored)
+        if chunk_codec.is_sound(place, stored):
+            return place
+    return found[-1]
 
 
 def _extents(found: recipe.Extents, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Extents:

@@ -7,18 +7,21 @@ would give it zeros for its memory.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from pathlib import Path
 
 import trio
 
-from krgfs.errors import Damaged, EngineFailed, KrgError
+from krgfs.errors import Damaged, KrgError
 from krgfs.model import Tree
 
-from . import durable, feeder, feeder_plan, procs
+from . import criu, durable, feeder, feeder_plan, procs
 from .opened import Opened
 from .parts import Parts
 
+log = logging.getLogger(__name__)
 POLL_S = 0.1
 
 
@@ -72,25 +75,26 @@ async def settled(known: Tree) -> None:
 async def watch(parts: Parts, known: Tree) -> None:
     """See a feeder to its end. Returns at once for a tree that has none."""
     directory = Path(known.keeper_dir)
-    if not known.keeper_dir or feeder.progress(directory) is None:
+    if not known.keeper_dir or not os.path.isdir(_place(parts, known.keeper_dir)):
         return
-    while is_under_way(known):
-        if not feeder.processes(directory) and is_under_way(known):
-            await _lost(parts, known)
-            break
+    while is_under_way(known) and feeder.processes(directory):  # noqa: ASYNC110 - as above
         await trio.sleep(POLL_S)
+    found = feeder.progress(directory)
+    if found is not None and found.state == "done":
+        facts = {"pid": known.pid, "image": criu.image_of_keeper(known.keeper_dir)}
+        parts.state.event("tree.fed", known.uid, **facts)
+    else:
+        why = found.reason if found is not None else ""
+        _lost(parts, known, why or "its feeder was killed while memory was missing")
     await drop(parts, known.keeper_dir)
-    parts.state.event("tree.fed", known.uid, pid=known.pid, image=known.last_image)
 
 
-async def _lost(parts: Parts, known: Tree) -> None:
-    """Both processes of a feeder were killed: what still runs of the tree reads zeros."""
-    try:
+def _lost(parts: Parts, known: Tree, why: str) -> None:
+    """End what runs of a tree whose memory will not come: it would read zeros."""
+    with contextlib.suppress(KrgError):
         procs.kill(procs.look(known.id.pid, known.id.start))
-    except KrgError:
-        return
-    why = EngineFailed("its feeder was killed while memory was missing, so it was killed as well")
-    parts.state.event("tree.lost", known.uid, pid=known.pid, message=why.message)
+    log.error("tree.lost pid=%d keeper=%s reason=%s", known.pid, known.keeper_dir, why)
+    parts.state.event("tree.lost", known.uid, pid=known.pid, message=f"{why}: it was killed")
 
 
 async def drop(parts: Parts, directory: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
@@ -42,8 +43,12 @@ from .spool import Spool
 from .sweep import Swept
 
 KNOWN_IMAGES = 32
+READERS = 8  # threads for who looks into images; others have other work to do
+CHECKED_AT_ONCE = 256
+IMPORT_BYTES = 64 << 20  # of memory: nobody stands still for an import
 IDLE_S = 10.0
 SUMS = "sums/"
+SEED_BYTES = 8
 
 
 class Limits(NamedTuple):
@@ -90,6 +95,9 @@ class Images:
         self._owner = owner
         self._limits = limits
         self._known: OrderedDict[str, Opened] = OrderedDict()
+        self._removals = 0
+        self._lock = threading.Lock()
+        self._readers = trio.CapacityLimiter(READERS)
         self._seed = _seed(os.path.join(state_dir, "pages.seed"))
         self._memory = Reserve(limits.memory_bytes)
 
@@ -177,10 +185,12 @@ class Images:
             if await self._exists(app, version):
                 raise Exists(f"cannot import {app}/{name}: {app}/v{version} exists; take another")
             size = sum(file.size for file in contents.scan(path, found.ref))
-            async with self._writing(app, path, size) as spool:
+            async with self._writing(app, path, min(size, IMPORT_BYTES)) as spool:
                 await spool.load(found.ref)
                 await spool.seal(found)
-                return await spool.publish(version)
+                published = await spool.publish(version)
+                await spool.remember()
+                return published
 
     async def _exists(self, app: str, version: int) -> bool:
         key = f"manifests/{self.key(app, version)}"
@@ -198,15 +208,17 @@ class Images:
 
     def _open(self, app: str, version: int) -> Opened:
         key, ref = self.key(app, version), f"{app}/v{version}"
-        known = self._known.get(key)
+        known, removals = self._known.get(key), self._removals
         if known is None:
             manifest, recipe = versions.decode(self.backend.read(f"manifests/{key}"), ref)
             if manifest.ref != ref:
                 raise Damaged(f"{ref} is damaged: its manifest is that of {manifest.ref}")
             known = Opened(manifest, recipe, ImageSource(self.reader, recipe))
-            self._known[key] = known
-            while len(self._known) > KNOWN_IMAGES:
-                self._known.popitem(last=False)
+            with self._lock:
+                if removals == self._removals:  # or it may be another image of that name by now
+                    self._known[key] = known
+                while len(self._known) > KNOWN_IMAGES:
+                    self._known.popitem(last=False)
         return known
 
     async def unpacked(self, image: Opened, directory: str) -> None:
@@ -225,7 +237,11 @@ class Images:
         '' when nothing is. Chunks are verified by their ids again whenever they are read."""
 
         def work() -> str:
-            bad = set(self.store.check(image.recipe.chunks))
+            bad = set[bytes]()
+            chunks = image.recipe.chunks
+            for at in range(0, len(chunks), CHECKED_AT_ONCE):
+                trio.from_thread.check_cancelled()
+                bad.update(self.store.check(chunks[at : at + CHECKED_AT_ONCE]))
             return contents.enumerated(_named(image.recipe, bad)) if bad else ""
 
         return await durable.run(f"cannot check {image.manifest.ref}", work)
@@ -254,7 +270,8 @@ class Images:
 
     async def files(self, app: str, name: str) -> list[model.ImageFile]:
         """Return the files of a version or import, by name; its manifest is one of them."""
-        return await durable.run(f"cannot list {app}/{name}", partial(self._files, app, name))
+        work = partial(self._files, app, name)
+        return await durable.run(f"cannot list {app}/{name}", work, self._readers)
 
     def _files(self, app: str, name: str) -> list[model.ImageFile]:
         if self._is_import(app, name):
@@ -297,7 +314,7 @@ class Images:
             image.source.ahead(file, offset, size + READ_AHEAD_BYTES)
             return image.source.read(file, offset, size)
 
-        return await durable.run(f"cannot read {app}/{name}/{file}", work)
+        return await durable.run(f"cannot read {app}/{name}/{file}", work, self._readers)
 
     def _manifest_text(self, image: Opened) -> bytes:
         key = self.key(image.manifest.app, image.manifest.version)
@@ -309,13 +326,15 @@ class Images:
     # -- removing
 
     async def remove(self, app: str, version: int) -> None:
-        """Remove a version, whose record is gone already; its chunks are for a sweep, so whoever
-        reads it now reads on. Removing what is not there is no error."""
+        """Remove a version, whose record is gone already; its chunks are for a sweep. Removing what
+        is not there is no error."""
         key = self.key(app, version)
 
         def work() -> None:
-            self._known.pop(key, None)
             self.backend.delete(f"manifests/{key}")
+            with self._lock:
+                self._removals += 1
+                self._known.pop(key, None)
             self.backend.delete(f"{SUMS}{key}")
 
         await durable.run(f"cannot remove {app}/v{version}", work)
@@ -465,11 +484,14 @@ def _named(recipe: Recipe, bad: Collection[bytes]) -> list[str]:
 
 
 def _seed(path: str) -> int:
-    """Return the secret of this node that pages are hashed with."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(8)
-    except FileNotFoundError:
-        data = secrets.token_bytes(8)
-        durable.write(path, data)
-    return int.from_bytes(data.ljust(8, b"\0"), "little")
+    """Return the secret of this node that pages are hashed with. Tables that were made with another
+    one match nothing."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        if len(data := file.read()) == SEED_BYTES:
+            return int.from_bytes(data, "little")
+    data = secrets.token_bytes(SEED_BYTES)
+    durable.write(f"{path}.part", data)
+    durable.sync(f"{path}.part")
+    os.replace(f"{path}.part", path)
+    durable.sync(os.path.dirname(path))
+    return int.from_bytes(data, "little")

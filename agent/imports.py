@@ -16,11 +16,21 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone
+from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone, NotYours
 
 from . import contents, criu_images, durable
 from .manifest import MANIFEST, Manifest, file_name
 from .places import Places
+
+
+class _Import:
+    """What is known of an import: `whole` is the manifest that it matches, until it is changed;
+    `is_version` says that a version was made of it."""
+
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.whole: Manifest | None = None
+        self.is_version = False
 
 
 class Imports:
@@ -32,7 +42,7 @@ class Imports:
     def __init__(self, places: Places, bulk: trio.CapacityLimiter) -> None:
         self._places = places
         self._bulk = bulk
-        self._busy: dict[tuple[str, str], trio.Lock] = {}
+        self._known: dict[tuple[str, str], _Import] = {}
 
     async def begin(self, app: str, name: str, uid: int, gid: int) -> None:
         """Make an empty import (`vN` or `vN.part`), which will be an image of uid and gid."""
@@ -50,7 +60,7 @@ class Imports:
 
     async def write_file(self, app: str, name: str, file: str, offset: int, data: bytes) -> None:
         """Make `file` of an import if it is not there, and write `data` whole at `offset`."""
-        async with self._importing(app, name) as path:
+        async with self._changing(app, name) as path:
 
             def work() -> None:
                 self._check_size(offset, offset + len(data))
@@ -68,7 +78,7 @@ class Imports:
 
     async def truncate_file(self, app: str, name: str, file: str, size: int) -> None:
         """Give `file` of an import this size."""
-        async with self._importing(app, name) as path:
+        async with self._changing(app, name) as path:
 
             def work() -> None:
                 self._check_size(size, size)
@@ -79,7 +89,7 @@ class Imports:
 
     async def remove_file(self, app: str, name: str, file: str) -> None:
         """Remove `file` from an import."""
-        async with self._importing(app, name) as path:
+        async with self._changing(app, name) as path:
             await durable.run(
                 f"cannot remove {app}/{name}/{file}",
                 lambda: os.unlink(os.path.join(path, file_name(file))),
@@ -88,8 +98,16 @@ class Imports:
     async def remove(self, app: str, name: str) -> None:
         """Remove an import and all that was copied into it, if it is there."""
         with contextlib.suppress(Gone):
-            async with self._importing(app, name) as path:
+            async with self._importing(app, name) as (path, known):
+                known.whole = None
                 await durable.run(f"cannot remove {app}/{name}", lambda: durable.discard(path))
+                known.is_version = False
+
+    async def reopen(self, app: str, name: str) -> None:
+        """Let an import be changed again: the version that was made of it is no more."""
+        with contextlib.suppress(Gone):
+            async with self._importing(app, name) as (_, known):
+                known.is_version = False
 
     async def whole(self, app: str, name: str) -> Manifest | None:
         """Return the manifest of an import in which all is there that it names, and matches.
@@ -97,7 +115,7 @@ class Imports:
         None also where it has no manifest, or one that cannot be used: `finish` says why. Costs
         little while names or sizes differ; then everything is read.
         """
-        async with self._importing(app, name) as path:
+        async with self._importing(app, name) as (path, known):
             ref = f"{app}/{name}"
 
             def work() -> Manifest | None:
@@ -108,7 +126,8 @@ class Imports:
                     return None
                 return None if wrong else manifest
 
-            return await durable.run(f"cannot look at {ref}", work, self._bulk)
+            known.whole = await durable.run(f"cannot look at {ref}", work, self._bulk)
+            return known.whole
 
     @asynccontextmanager
     async def examined(
@@ -116,25 +135,28 @@ class Imports:
     ) -> AsyncIterator[tuple[str, Manifest]]:
         """Yield the directory of an import that is whole, and the manifest of what it becomes.
 
-        `manifest` is what `whole` said. Without it the import is looked at here: if it has a
-        manifest it must be what that says; else it must be a directory that CRIU wrote, and gets a
-        manifest of what can be read from it. App, version and owner become those of this place.
-        Damaged says what is missing or wrong, and the import stays as it is.
+        `manifest` is what `whole` said. Without it, or where the import was changed since, it is
+        looked at here: if it has a manifest it must be what that says; else it must be a directory
+        that CRIU wrote, and gets a manifest of what can be read from it. App, version and owner
+        become those of this place. Damaged says what is missing or wrong, and the import stays as
+        it is. Left without an error there is a version, and no change is taken before `reopen`.
         """
-        async with self._importing(app, name) as path:
+        async with self._importing(app, name) as (path, known):
             ref = f"{app}/{name}"
+            checked = manifest if manifest == known.whole else None
 
             def examine() -> Manifest:
                 owner = os.stat(path)
                 if os.path.lexists(os.path.join(path, MANIFEST)):
-                    found = manifest or contents.read_manifest(path, ref)
-                    wrong = [] if manifest else contents.damage(path, found, ref)
+                    found = checked or contents.read_manifest(path, ref)
+                    wrong = [] if checked else contents.damage(path, found, ref)
                     contents.refuse(ref, wrong)
                 else:
                     found = _plain_manifest(path, ref)
                 return _moved(found, app, version, owner.st_uid, owner.st_gid)
 
             yield path, await durable.run(f"cannot import {ref}", examine, self._bulk)
+            known.is_version = True
 
     def read_file(self, app: str, name: str, file: str, offset: int, size: int) -> bytes:
         """Return bytes of a file of an import. Blocks."""
@@ -156,19 +178,30 @@ class Imports:
     # -- inside
 
     @asynccontextmanager
-    async def _importing(self, app: str, name: str) -> AsyncIterator[str]:
+    async def _changing(self, app: str, name: str) -> AsyncIterator[str]:
+        """Yield the directory of an import that may be changed, and has to be looked at again."""
+        async with self._importing(app, name) as (path, known):
+            if known.is_version:
+                raise NotYours(f"{app}/{name} is committed: an image is never changed")
+            known.whole = None
+            yield path
+
+    @asynccontextmanager
+    async def _importing(self, app: str, name: str) -> AsyncIterator[tuple[str, _Import]]:
         """Yield the directory of an import, which nobody else changes meanwhile."""
         path, key = self._places.imported(app, name), (app, name)
         if not os.path.isdir(path):
             raise Gone(f"there is no import {app}/{name}: make it with mkdir")
-        async with self._busy.setdefault(key, trio.Lock()):
+        known = self._known.setdefault(key, _Import())
+        async with known.lock:
             try:
                 if not os.path.isdir(path):
                     raise Gone(f"there is no import {app}/{name} any more: it has ended")
-                yield path
+                yield path, known
             finally:
-                if not os.path.isdir(path):
-                    self._busy.pop(key, None)
+                # whoever waits goes on with this lock, also if the import is made anew
+                if not os.path.isdir(path) and not known.lock.statistics().tasks_waiting:
+                    del self._known[key]
 
     def _check_size(self, start: int, end: int) -> None:
         """Refuse holes that no disk could fill: whoever hashes them would be at it for days."""

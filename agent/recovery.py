@@ -114,6 +114,7 @@ async def _checkpoint(
     parts: Parts, running: Running, noted: Sequence[Fact], known: Tree | None, words: Checkpoint
 ) -> str:
     job = running.job
+    made = _committed(parts, noted)
     tree = _look(known)
     for fact in noted:
         if isinstance(fact, SpoolOpened):
@@ -128,15 +129,25 @@ async def _checkpoint(
         else:
             await freeze.thaw_record(parts, known, "it has ended")
         return known.outcomes["checkpoint"]
-    for fact in noted:
-        if isinstance(fact, VersionPending):
-            await parts.images.remove(fact.app, fact.version)
     if known is not None:
         await _let_go(parts, known)
+    if made:
+        return made
     failed = EngineFailed(AGAIN, fate=_fate(tree))
     if tree is not None:
         await checkpoint.note_failure(parts, tree, failed)
     raise failed
+
+
+def _committed(parts: Parts, noted: Sequence[Fact]) -> str:
+    """Return the image of a job that has a record, also where that of its tree went with a reboot;
+    '' when it has none. To be asked before anybody else can take its number."""
+    for fact in noted:
+        if isinstance(fact, VersionPending):
+            image = parts.state.images.get(fact.app, {}).get(fact.version)
+            if image is not None:
+                return image.ref
+    return ""
 
 
 def _is_image(known: Tree) -> bool:

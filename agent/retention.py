@@ -72,8 +72,7 @@ class Retention:
     async def remove(self, image: Image) -> None:
         """Remove an image, durably; its chunks are for a sweep. Busy where it is needed."""
         self.refuse_needed(image)
-        if network := await self._network_held_by(image):
-            await criu.unlock_network(network)
+        network = await self._network_held_by(image)
 
         def unless_needed() -> tuple[Value, ...]:
             if image.version not in self._state.images.get(image.app, {}):
@@ -84,6 +83,8 @@ class Retention:
         # ---- commit: the image is gone; its data is removed now, or at the next start
         await self._state.update(unless_needed, delete=[image])
         with trio.CancelScope(shield=True):
+            if network:
+                await criu.unlock_network(network)
             await self._images.remove(image.app, image.version)
 
     async def _network_held_by(self, image: Image) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -20,6 +20,7 @@ from .manifest import MANIFEST, Manifest
 from .pages import PAGE_BYTES
 from .recipe import Recipe
 
+CHECKED_AT_ONCE = 256
 SMALL_BYTES = 64 << 20  # a larger file is nothing that CRIU reads whole, whatever its name
 
 
@@ -78,7 +79,7 @@ class Spool:
             small = dict(sorted(small.items()))
             stored = self.intake.finish(small, addresses.pages_of, trio.from_thread.check_cancelled)
             self._session.flush()
-            if sure and (bad := self._store.check(stored.recipe.chunks)):
+            if sure and (bad := self._damaged(stored.recipe.chunks)):
                 raise Damaged(
                     f"{len(bad)} chunks of the image store that {manifest.app} shares with earlier "
                     "images are damaged; do it again, and they are stored anew"
@@ -95,12 +96,19 @@ class Spool:
 
         return await durable.run(f"cannot store {ref}", work)
 
+    def _damaged(self, chunks: Sequence[bytes]) -> list[bytes]:
+        bad = []
+        for at in range(0, len(chunks), CHECKED_AT_ONCE):
+            trio.from_thread.check_cancelled()
+            bad += self._store.check(chunks[at : at + CHECKED_AT_ONCE])
+        return bad
+
     async def publish(self, version: int) -> Manifest:
         """Make it version `version` of its app, durably, and return its manifest. Exists when there
         is such a version."""
         if self._sealed is None:
             raise RuntimeError("a spool is sealed before it is published")
-        manifest, recipe, table = self._sealed
+        manifest, recipe, _ = self._sealed
 
         def work() -> Manifest:
             data, published = versions.encode(replace(manifest, version=version), recipe)
@@ -108,11 +116,22 @@ class Spool:
                 self._session.publish(self._key(version), data)
             except FileExistsError as exc:
                 raise Exists(f"cannot publish {published.ref}: it exists already") from exc
-            with contextlib.suppress(OSError):  # only a short cut for the next one
-                table.save(self._table)
             return published
 
         return await durable.run(f"cannot publish version {version} of {manifest.app}", work)
+
+    async def remember(self) -> None:
+        """Keep which pages it has, for the next one of its app to compare with; no more than a
+        short cut, so it does not matter that this fails."""
+        if self._sealed is None:
+            raise RuntimeError("a spool is sealed before its pages are known")
+        table = self._sealed[2]
+
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                table.save(self._table)
+
+        await durable.run(f"cannot remember pages in {self._table}", work)
 
 
 def is_large(name: str, size: int) -> bool:

@@ -19,7 +19,7 @@ import trio
 from msgspec.structs import replace
 
 from krgfs import facts
-from krgfs.errors import Cancelled, Fate, KrgError, Unsupported, name_of
+from krgfs.errors import Cancelled, Exists, Fate, KrgError, Unsupported, name_of
 from krgfs.model import App, Frozen, Image, Phase, Tree, TreeState
 from krgfs.verbs import Checkpoint, Then
 
@@ -55,6 +55,7 @@ async def checkpoint(parts: Parts, job: Running, tree: ProcessTree, words: Check
             async with _held(parts, job, tree, words.then, known) as frozen:
                 image = await _make_image(parts, job, tree, words, app, ends, frozen, intent, spool)
                 await afterwards(parts, job, tree, words.then, frozen)
+            await spool.remember()
     except BaseException as exc:
         parts.upkeep.sweep_soon()
         job.note(fate=procs.fate(tree))
@@ -163,10 +164,25 @@ async def _keep(
     # ---- commit: the record makes the image; before it everything is undone
     with trio.CancelScope(shield=True):
         async with intent.noted(VersionPending(app.name, version)):
-            image = await _commit(parts, job, tree, app, await spool.publish(version))
+            published = await _published(parts, spool, app, version)
+            image = await _commit(parts, job, tree, app, published)
     parts.state.count("krg_freeze_seconds_sum", report.frozen_ms / 1000)
     parts.state.count("krg_freeze_seconds_count")
     return image
+
+
+async def _published(parts: Parts, spool: Spool, app: App, version: int) -> Manifest:
+    """Publish a version; what has its name but no record is left of a failure, and is removed."""
+    try:
+        return await spool.publish(version)
+    except Exists:
+        if version in parts.state.images.get(app.name, {}):
+            raise
+    except KrgError:
+        await parts.images.remove(app.name, version)  # it may be there: an answer was lost
+        raise
+    await parts.images.remove(app.name, version)
+    return await spool.publish(version)
 
 
 async def _commit(

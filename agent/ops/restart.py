@@ -37,6 +37,18 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
     _refuse_second_life(app)
     job.phase(Phase.RESTORING, bytes_total=image.logical_bytes)
     opened = await _whole(parts, image)
+    try:
+        return await _restored(parts, job, app, image, words, opened)
+    except Exists:
+        if words.pid != "auto":
+            raise
+    # a pid may be taken as that of a session or a group whose leader has ended
+    return await _restored(parts, job, app, image, replace(words, pid="new"), opened)
+
+
+async def _restored(
+    parts: Parts, job: Running, app: App, image: Image, words: Restart, opened: Opened
+) -> str:
     manifest, directory = opened.manifest, keepers.directory(parts.run_dir, job.id)
     async with _unpacked(parts, opened, job.id) as path:
         private = await _private(manifest, path, words)
@@ -65,7 +77,7 @@ async def restart(parts: Parts, job: Running, app: App, image: Image, words: Res
 async def _unpacked(parts: Parts, opened: Opened, job: int) -> AsyncIterator[str]:
     """Yield a directory with the small files of an image, where CRIU asks for all of them."""
     path = parts.images.places.spool(job)
-    os.mkdir(path, 0o700)
+    await durable.run(f"cannot unpack {opened.manifest.ref}", partial(os.mkdir, path, 0o700))
     try:
         await parts.images.unpacked(opened, path)
         yield path
@@ -110,6 +122,11 @@ async def _launched(
         raise
     with trio.CancelScope(shield=True):
         job.said = await criu.kept_words(directory, parts.job_log(job.id))
+    try:
+        check()
+    except BaseException:
+        procs.kill(procs.look(launched.root.pid, launched.root.start))
+        raise
     return launched
 
 

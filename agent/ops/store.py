@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -151,7 +152,7 @@ async def diff(parts: Parts, job: Running, before: Image, after: Image) -> str:
         old, new = (Side(side, Path(where)) for side, where in zip(sides, paths, strict=True))
         return list(compare.differences(old, new, told))
 
-    os.mkdir(path, 0o700)
+    await durable.run("cannot compare", partial(os.mkdir, path, 0o700))
     try:
         for side, where in zip(sides, paths, strict=True):
             os.mkdir(where, 0o700)

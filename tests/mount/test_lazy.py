@@ -113,3 +113,25 @@ def test_a_damaged_image_is_refused_before_any_pid_is_touched(site: Site, ended:
     assert not os.path.exists(f"/proc/{ended.pid}")
     said = site.read("restart")
     assert "pages-" in said and "damaged" in said
+
+
+def test_a_feeder_that_is_killed_takes_the_tree_along(site: Site, ended: Workload) -> None:
+    directory = lazily(site, ended)
+    doomed = feeder.processes(directory)
+    for each in doomed:
+        os.kill(each.pid, signal.SIGKILL)
+    lost = len(doomed) == 2 and not is_done(directory)
+    until(lambda: {"tree.fed", "tree.lost"} & {*kinds(site)}, "the agent has noticed")
+    assert ("tree.lost" in kinds(site)) == lost
+    if lost:
+        until(lambda: not os.path.exists(f"/proc/{ended.pid}"), "nothing of it runs")
+
+
+def test_an_agent_tells_only_once_of_a_tree_that_was_fed(site: Site, ended: Workload) -> None:
+    lazily(site, ended)
+    until(lambda: "tree.fed" in kinds(site), "the agent has noticed")
+    site.stop_agent()
+    site.start_agent()
+    state = "nodes/n1/state"
+    until(lambda: site.read(state).startswith("online"), "the mount has its agent again")
+    assert "tree.fed" not in kinds(site)

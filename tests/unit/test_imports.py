@@ -1,17 +1,19 @@
 """Imports: directories that come to be images, copies of ours and what plain CRIU wrote."""
 
+import contextlib
 import json
 import os
 from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from agent import manifest as manifests
 from agent.backend import MemoryBackend
 from agent.images import Limits
 from agent.manifest import MANIFEST, Task
-from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone, NoRoom
+from krgfs.errors import BadWords, CannotRunHere, Damaged, Exists, Gone, NoRoom, NotYours
 from tests.unit.versions import (
     ANNA,
     DUMPED,
@@ -202,7 +204,7 @@ async def test_imports_that_ended_are_forgotten(images):
     await images.imports.remove("blast", "v3")
     with pytest.raises(Gone):
         await images.imports.write_file("blast", "v4", "x", 0, b"")
-    assert images.imports._busy == {}
+    assert images.imports._known == {}
 
 
 async def test_of_two_that_finish_at_once_one_does(images):
@@ -249,14 +251,69 @@ async def test_an_import_cannot_change_while_it_becomes_a_version(images):
     await make(images, 1)
     await copied(images, await contents_of(images), "v2")
     change = partial(images.imports.write_file, "blast", "v2", "pstree.img", 0, b"eert")
-    async with images.imports.examined("blast", "v2", 2):
-        with trio.move_on_after(0.2) as waiting:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(change)
-        assert waiting.cancelled_caught
-        assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"tree"
+    with pytest.raises(NoRoom):
+        async with images.imports.examined("blast", "v2", 2):
+            with trio.move_on_after(0.2) as waiting:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(change)
+            assert waiting.cancelled_caught
+            assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"tree"
+            raise NoRoom("it came to nothing")
     await change()
     assert await images.read("blast", "v2", "pstree.img", 0, 9) == b"eert"
+
+
+async def test_what_changed_after_it_was_whole_is_looked_at_again(images):
+    await make(images, 1)
+    await copied(images, await contents_of(images), "v2")
+    found = await images.imports.whole("blast", "v2")
+    await images.imports.write_file("blast", "v2", "pstree.img", 0, b"torn")
+    with pytest.raises(Damaged, match=r"pstree\.img has other contents"):
+        await images.finish_import("blast", "v2", 2, found)
+    await images.imports.write_file("blast", "v2", "pstree.img", 0, b"tree")
+    assert (await finished(images, "v2", 2, manifest=found)).ref == "blast/v2"
+
+
+async def test_no_change_is_taken_once_a_version_was_made(images):
+    await make(images, 1)
+    await copied(images, await contents_of(images), "v2")
+    await images.finish_import("blast", "v2", 2)
+    for change in (
+        partial(images.imports.write_file, "blast", "v2", "pstree.img", 0, b"late"),
+        partial(images.imports.truncate_file, "blast", "v2", "pstree.img", 0),
+        partial(images.imports.remove_file, "blast", "v2", "pstree.img"),
+    ):
+        with pytest.raises(NotYours, match="blast/v2 is committed"):
+            await change()
+    await images.remove("blast", 2)
+    await images.imports.reopen("blast", "v2")
+    await images.imports.write_file("blast", "v2", "pstree.img", 0, b"late")
+
+
+async def test_those_who_wait_keep_each_other_out_when_an_import_is_made_anew(images):
+    await images.imports.begin("blast", "v2", ANNA, ANNA)
+    inside = 0
+
+    async def work():
+        nonlocal inside
+        with contextlib.suppress(Gone):
+            async with images.imports._importing("blast", "v2"):
+                inside += 1
+                assert inside == 1
+                await trio.sleep(0.01)
+                inside -= 1
+
+    async with trio.open_nursery() as nursery:
+        async with images.imports._importing("blast", "v2") as (path, _):
+            for _ in range(2):
+                nursery.start_soon(work)
+            await trio.testing.wait_all_tasks_blocked()
+            os.rmdir(path)
+        await images.imports.begin("blast", "v2", ANNA, ANNA)
+        for _ in range(2):
+            nursery.start_soon(work)
+    await images.imports.remove("blast", "v2")
+    assert images.imports._known == {}
 
 
 # -- directories that plain CRIU wrote
