@@ -310,24 +310,31 @@ class _Server:
             return
         if name.startswith(COUNTED):
             self._line.reply(True)
-            self._begin(_Outgoing(name, self._line).lend, pieces)
+            pipe = _Outgoing(name, self._line)
+            self._begin(pipe, pipe.lend, pieces)
             return
         pieces = list(pieces)
         try:
             self._line.reply(True)
             pipe = _Outgoing(name, self._line)
+            if sum(len(each.data) for each in pieces) > pipe.room:
+                self._begin(pipe, pipe.copy, pieces)
+                return
         except BaseException:
             for piece in pieces:
                 piece.give_back()
             raise
-        if sum(len(each.data) for each in pieces) <= pipe.room:
-            pipe.copy(pieces)
-        else:
-            self._begin(pipe.copy, pieces)
+        pipe.copy(pieces)
 
-    def _begin(self, work: Callable[[Iterable[Piece]], None], pieces: Iterable[Piece]) -> None:
+    def _begin(
+        self, pipe: _Outgoing, work: Callable[[Iterable[Piece]], None], pieces: Iterable[Piece]
+    ) -> None:
         writer = threading.Thread(target=work, args=(pieces,), name="stream writer")
-        writer.start()
+        try:
+            writer.start()
+        except BaseException:
+            pipe.close()  # CRIU would read for ever
+            raise
         self._writers = [each for each in self._writers if each.is_alive()] + [writer]
 
 
@@ -340,6 +347,9 @@ class _Outgoing:
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
         self._poll.register(line.wake_fd, select.POLLIN)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
     @property
     def room(self) -> int:
@@ -381,7 +391,7 @@ class _Outgoing:
             with self._line.failing():
                 yield
         finally:
-            os.close(self._fd)
+            self.close()
 
     def _put(self, data: memoryview | bytes, write: Callable[[int, memoryview], int]) -> bool:
         """Write all of it; False where nobody reads any more, or ever will."""

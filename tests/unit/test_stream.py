@@ -587,6 +587,32 @@ async def test_of_any_other_damaged_file_nothing_is_sent(at: int, tmp_path: Path
             served.check()
 
 
+@pytest.mark.parametrize("name", ["pages-1.img", "files.img"])
+async def test_a_file_that_no_thread_can_be_had_for_ends(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = Files({name: content(4 * MIB)}), []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "stream writer":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def restore() -> None:
+        with Criu(tmp_path, "serve") as criu:
+            read.append(criu.read(name))
+            with pytest.raises(OSError):
+                criu.open(name)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    async with serve(tmp_path, source) as served:
+        await in_thread(restore)
+        with pytest.raises(EngineFailed, match="can't start new thread"):
+            served.check()
+    assert read == [b""] and source.are_back
+
+
 def after_reply(criu: Criu) -> None:
     criu.line.sendall(request("pages-1.img"))
     criu.line.recv(6)
