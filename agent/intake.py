@@ -117,13 +117,14 @@ class Intake:
                 raise self._failure
             if piece.file.startswith(PAGES) and len(piece.data) % PAGE_BYTES:
                 raise EngineFailed(f"CRIU sent part of a page in {piece.file}")
+            if self._early is None and self._is_short_of_buffers():
+                early = threading.Thread(target=self._work_off, name="intake early")
+                early.start()  # may raise: the piece is not kept then
+                self._early = early
             file = self._files.setdefault(piece.file, _File(len(self._files)))
             file.waiting.append(piece)
             file.size += len(piece.data)
             self._changed.notify()
-            if self._early is None and self._is_short_of_buffers():
-                self._early = threading.Thread(target=self._work_off, name="intake early")
-                self._early.start()
 
     def _is_short_of_buffers(self) -> bool:
         return self.buffers.free < max(2, self.buffers.count // 8)

@@ -324,6 +324,27 @@ def test_part_of_a_page_is_refused_and_not_kept() -> None:
     assert into.free == 2
 
 
+def test_a_piece_that_no_thread_can_be_had_for_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    into = Buffers(2)
+    intake = Intake(into, Kept(), pages.empty(), SEED)
+    index = into.lend()
+    assert index is not None
+    piece = Piece("pages-1.img", 0, into[index][:PAGE_BYTES], into, index)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            intake.take(piece)
+    piece.give_back()
+    assert intake.sizes == {}
+    intake.close()
+    assert into.free == 2
+
+
 # -- small files, and those that lie somewhere
 
 
