@@ -40,6 +40,7 @@ class Buffers:
         whole = memoryview(memory)
         self._views = [whole[at : at + size_bytes] for at in range(0, len(whole), size_bytes)]
         self._free = list(range(count))
+        self._is_free = bytearray(b"\1" * count)
         self._changed = threading.Condition()
 
     def touch(self) -> None:
@@ -68,7 +69,9 @@ class Buffers:
                 if unless is None or unless():
                     return None
                 self._changed.wait()
-            return self._free.pop()
+            index = self._free.pop()
+            self._is_free[index] = False
+            return index
 
     def look_again(self) -> None:
         """Let all who wait ask their `unless` again."""
@@ -78,8 +81,9 @@ class Buffers:
     def give_back(self, index: int) -> None:
         """Take a buffer back. Raises ValueError where it was not lent: two would write into it."""
         with self._changed:
-            if index in self._free:
+            if self._is_free[index]:
                 raise ValueError(f"buffer {index} was given back already")
+            self._is_free[index] = True
             self._free.append(index)
             self._changed.notify()
 
@@ -125,7 +129,10 @@ class Reserve:
 
     @contextmanager
     def lent(self, expected_bytes: int) -> Iterator[Buffers]:
-        """Lend touched buffers for so many bytes, fewer where the limit does not let as many."""
+        """Lend touched buffers for so many bytes, fewer where the limit does not let as many.
+
+        Raises OSError where there is no memory for them.
+        """
         most = self._limit or psutil.virtual_memory().available // 4
         with self._lock:
             left = max(0, most - self._lent) // BUFFER_BYTES
@@ -135,17 +142,20 @@ class Reserve:
             if spare is not None and count <= spare.count <= count + count // 4:
                 count = spare.count
             self._lent += count * BUFFER_BYTES
+        buffers = None
         try:
             if spare is not None and spare.count == count:
                 buffers = spare
             else:
-                buffers, spare = Buffers(count), None
+                spare = None  # its memory first
+                buffers = Buffers(count)
                 buffers.touch()
             yield buffers
         finally:
             with self._lock:
                 self._lent -= count * BUFFER_BYTES
-                self._spare, self._used = buffers, time.monotonic()
+                if buffers is not None and buffers.free == buffers.count:
+                    self._spare, self._used = buffers, time.monotonic()
 
     def trim(self, idle_s: float) -> None:
         with self._lock:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from agent.buffers import Buffers, Piece
+from agent.buffers import BUFFER_BYTES, Buffers, Piece, Reserve
 
 
 def test_every_buffer_is_lent_once_and_comes_back() -> None:
@@ -101,3 +102,31 @@ def test_a_piece_is_given_back_where_it_came_from() -> None:
     Piece("x", 0, buffers[index], buffers, index).give_back()
     assert buffers.free == 1
     Piece("x", 0, b"a copy").give_back()
+
+
+# -- the reserve of all dumps
+
+
+def test_the_buffers_of_one_dump_are_the_next_ones() -> None:
+    reserve = Reserve()
+    with reserve.lent(BUFFER_BYTES) as first:
+        pass
+    with reserve.lent(BUFFER_BYTES) as second:
+        assert second is first
+
+
+def test_buffers_that_did_not_all_come_back_are_not_kept() -> None:
+    reserve = Reserve()
+    with reserve.lent(BUFFER_BYTES) as first:
+        assert first.lend() is not None
+    with reserve.lent(BUFFER_BYTES) as second:
+        assert second is not first and second.free == second.count
+
+
+def test_where_there_is_no_memory_it_says_so_and_later_goes_on() -> None:
+    reserve = Reserve(1 << 62)
+    with pytest.raises(OSError) as caught, reserve.lent(1 << 50):
+        pass
+    assert caught.value.errno == errno.ENOMEM
+    with reserve.lent(BUFFER_BYTES) as buffers:
+        assert buffers.free == buffers.count
