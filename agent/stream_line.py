@@ -41,6 +41,7 @@ class Thread:
         try:
             self._work()
         finally:
+            del self._work  # it holds us, and with us all the memory that was captured into
             self._token.run_sync_soon(self.ended.set)
 
     async def join(self) -> None:
