@@ -6,11 +6,13 @@ reading) is done here at once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import BinaryIO
 
 import trio
 import zstandard
@@ -50,6 +52,7 @@ from .procs import ProcessTree
 from .state import refusal_line
 
 log = logging.getLogger(__name__)
+CUT_OFF = b"(the rest of this log cannot be read: its file is cut off or damaged)\n"
 
 
 class Desk:
@@ -123,9 +126,7 @@ class Desk:
         return await self._parts.jobs.joined(request.caller, request.verb, object, request.text)
 
     async def _restart(self, request: wire.Submit, command: Restart) -> Running:
-        for name in tuple(self._state.imports.get(command.image.app, ())):
-            # the kernel tells of the last close only after cp has ended
-            await self._close_file(request.caller, command.image.app, name)
+        await self._close_copies(request.caller, command.image)
         self._refuse_import(command.image)
         app, image = names.resolve(self._state, command.image)
         _may_use(request.caller, app, image)
@@ -142,6 +143,18 @@ class Desk:
             lambda job: restart.restart(self._parts, job, app, image, command),
             uid=image.uid,
         )
+
+    async def _close_copies(self, caller: Caller, ref: verbs.ImageRef) -> None:
+        """Finish what was copied in and may be meant; the kernel tells of the last close only after
+        cp has ended. What another version lacks is no business of who asks for the latest."""
+        if ref.version != "latest":
+            await self._close_file(caller, ref.app, ref.version)
+            return
+        for name in tuple(self._state.imports.get(ref.app, ())):
+            try:
+                await self._close_file(caller, ref.app, name)
+            except KrgError as exc:
+                log.warning("import.unfinished image=%s/%s reason=%r", ref.app, name, exc.message)
 
     async def _on_store(self, request: wire.Submit, command: Command) -> Running:
         operation = self._store_operation(request.caller, command)
@@ -289,16 +302,18 @@ class Desk:
             case wire.SetPolicy(app=app, text=text):
                 await self._set_policy(self._app(caller, app), policy.parse(text))
             case wire.RemoveLabel(app=app, label=label):
-                known = self._app(caller, app)
-                labels = {name: n for name, n in known.labels.items() if name != label}
-                await self._state.commit(replace(known, labels=labels))
+                await self._remove_label(self._app(caller, app), label)
             case _:
                 raise BadWords(f"{type(request).__name__} is no request")
 
-    def _app(self, caller: Caller, name: str) -> App:
+    def _known(self, name: str) -> App:
         app = self._state.apps.get(name)
         if app is None:
             raise Gone(f"there is no app {name}")
+        return app
+
+    def _app(self, caller: Caller, name: str) -> App:
+        app = self._known(name)
         if not caller.owns(app.uid):
             raise NotYours(f"{name} belongs to uid {app.uid}")
         return app
@@ -325,10 +340,14 @@ class Desk:
         await self._state.commit(App(name=name, uid=caller.uid, gid=caller.gid))
 
     async def _remove_app(self, app: App) -> None:
-        self._parts.jobs.refuse_if_held(frozenset({f"app {app.name}"}))
-        if self._state.images.get(app.name) or self._state.imports.get(app.name):
-            raise Busy(f"{app.name} has images; remove them first (rm -r)")
-        await self._state.commit(delete=[app])
+        def unless_used() -> tuple[()]:
+            self._known(app.name)
+            self._parts.jobs.refuse_if_held(frozenset({f"app {app.name}"}))
+            if self._state.images.get(app.name) or self._state.imports.get(app.name):
+                raise Busy(f"{app.name} has images; remove them first (rm -r)")
+            return ()
+
+        await self._state.update(unless_used, delete=[app])
         await self._parts.images.remove_app(app.name)
 
     async def _begin_import(self, caller: Caller, app: str, name: str) -> None:
@@ -336,13 +355,33 @@ class Desk:
         number = name.removesuffix(".part")
         if not VERSION.match(number):
             raise BadWords(f"{name!r} is not a version: copy into v1, v2 ... or v1.part")
-        for taken in (name, number, f"{number}.part"):
-            if taken in self._state.imports.get(app, {}) or self._committed(app, taken):
-                raise Exists(f"{app} has a {taken} already; copy to another version")
+        begun = Import(app=app, name=name, uid=known.uid, gid=known.gid, created=time.time())
+
+        def unless_taken() -> tuple[Import]:
+            self._known(app)
+            for taken in (name, number, f"{number}.part"):
+                if taken in self._state.imports.get(app, {}) or self._committed(app, taken):
+                    raise Exists(f"{app} has a {taken} already; copy to another version")
+            return (begun,)
+
+        unless_taken()
         await self._parts.images.imports.begin(app, name, known.uid, known.gid)
-        await self._state.commit(
-            Import(app=app, name=name, uid=known.uid, gid=known.gid, created=time.time())
-        )
+        try:
+            await self._state.update(unless_taken)
+        except BaseException:
+            await self._discard(begun)
+            raise
+
+    async def _discard(self, found: Import) -> None:
+        """Delete what was copied into an import that has no record; if that fails, the next start
+        does it."""
+        try:
+            with trio.CancelScope(shield=True):
+                await self._parts.images.imports.remove(found.app, found.name)
+        except KrgError as exc:
+            log.warning(
+                "import.not_removed image=%s/%s reason=%r", found.app, found.name, exc.message
+            )
 
     def _committed(self, app: str, name: str) -> bool:
         match = VERSION.match(name)
@@ -361,7 +400,6 @@ class Desk:
     async def _finish_import(
         self, found: Import, to: str, manifest: Manifest | None = None
     ) -> None:
-        app = self._state.apps[found.app]
         number = int(to[1:])
         if number in self._state.images.get(found.app, {}):
             raise Exists(f"{found.app} has a v{number} already")
@@ -371,16 +409,35 @@ class Desk:
             await images.finish_import(found.app, found.name, number, manifest), own=False
         )
         with trio.CancelScope(shield=True):
-            await self._state.commit(image, names.with_version(app, number), delete=[found])
-            await images.imports.remove(found.app, found.name)
-        self._parts.upkeep.look(app.name)
-        self._state.event("image.imported", app.uid, image=image.ref)
+            await self._commit_import(found, image)
+            await self._discard(found)
+        self._parts.upkeep.look(image.app)
+        self._state.event("image.imported", image.uid, image=image.ref)
+
+    async def _commit_import(self, found: Import, image: Image) -> None:
+        """Write the record of an image that was made of an import, or remove that image."""
+
+        def records() -> tuple[Image, App]:
+            app = self._known(found.app)
+            return (*self._unless_ended(found), image, names.with_version(app, image.version))
+
+        try:
+            await self._state.update(records, delete=[found])
+        except BaseException:
+            await self._parts.images.imports.reopen(found.app, found.name)
+            await self._parts.images.remove(image.app, image.version)
+            raise
+
+    def _unless_ended(self, found: Import) -> tuple[()]:
+        if self._state.imports.get(found.app, {}).get(found.name) != found:
+            raise Gone(f"there is no import {found.app}/{found.name} any more: it has ended")
+        return ()
 
     async def _remove_version(self, caller: Caller, app: str, name: str) -> None:
         found = self._version(caller, app, name)
         if isinstance(found, Import):
-            await self._state.commit(delete=[found])
-            await self._parts.images.imports.remove(app, name)
+            await self._state.update(partial(self._unless_ended, found), delete=[found])
+            await self._discard(found)
             return
         await self._parts.retention.remove(found)
         self._parts.upkeep.sweep_soon()
@@ -388,16 +445,30 @@ class Desk:
 
     async def _set_label(self, app: App, label: str, version: str) -> None:
         _checked(verbs.label_name, label)
-        match = VERSION.match(version)
-        if not match or int(match[1]) not in self._state.images.get(app.name, {}):
-            raise Gone(f"{app.name} has no {version!r}; a label points at a version: ln -s v3 NAME")
-        if label in app.labels:
-            raise Exists(f"{app.name} has a label {label} already; rm it first")
-        await self._state.commit(replace(app, labels={**app.labels, label: int(match[1])}))
+
+        def changed() -> tuple[App]:
+            known = self._known(app.name)
+            if not self._committed(app.name, version):
+                raise Gone(
+                    f"{app.name} has no {version!r}; a label points at a version: ln -s v3 NAME"
+                )
+            if label in known.labels:
+                raise Exists(f"{app.name} has a label {label} already; rm it first")
+            return (replace(known, labels={**known.labels, label: int(version[1:])}),)
+
+        await self._state.update(changed)
+
+    async def _remove_label(self, app: App, label: str) -> None:
+        def changed() -> tuple[App]:
+            known = self._known(app.name)
+            labels = {name: number for name, number in known.labels.items() if name != label}
+            return (replace(known, labels=labels),)
+
+        await self._state.update(changed)
 
     async def _set_policy(self, app: App, fields: dict[str, int]) -> None:
         def changed() -> tuple[App]:
-            known = self._state.apps.get(app.name, app)
+            known = self._known(app.name)
             return (replace(known, policy={**known.policy, **fields}),)
 
         await self._state.update(changed)
@@ -439,8 +510,17 @@ async def _kept_words(path: str) -> bytes:
     def read() -> bytes:
         try:
             with open(path, "rb") as file:
-                return zstandard.decompress(file.read())
+                return _unpacked(file)
         except FileNotFoundError:
             return b""
 
     return await trio.to_thread.run_sync(read)
+
+
+def _unpacked(file: BinaryIO) -> bytes:
+    """Return what can be read of compressed words, and say so when that is not all of them."""
+    stream, words = zstandard.ZstdDecompressor().decompressobj(), b""
+    with contextlib.suppress(zstandard.ZstdError):
+        while not stream.eof and (data := file.read(4096)):
+            words += stream.decompress(data)
+    return words if stream.eof else words + CUT_OFF
