@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent import daemon
+from agent import criu_network, daemon, names
 from agent.backend import MemoryBackend
 from agent.backend_bounded import BoundedBackend, Bounds, unbounded
-from agent.retention import expired
+from agent.images import Images
+from agent.jobs import Jobs
+from agent.retention import Retention, expired
+from agent.state import State
+from agent.store import MemoryStore
 from krgfs import policy
-from krgfs.errors import BadWords
+from krgfs.errors import BadWords, Busy
 from krgfs.model import App, Image, Node, Policy
+from tests.unit.versions import make
 
 NOW = 1e9
 DAY_S = 86400
@@ -96,6 +107,66 @@ def test_no_more_goes_than_must(
     if keep_bytes and free:
         assert sum(image.stored_bytes for image in left) <= keep_bytes
     assert not age or all(NOW - image.created <= age for image in free)
+
+
+# -- connections that an image keeps
+
+
+class Gate(MemoryStore):
+    """A store whose commits wait until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = trio.Event()
+
+    async def commit(self, *what: Any) -> int:
+        await self.open.wait()
+        return await super().commit(*what)
+
+
+@pytest.fixture
+def table() -> Iterator[str]:
+    """The dump that holds connections by a firewall table."""
+    run = f"kept{os.getpid()}"
+    if os.geteuid() != 0:
+        pytest.skip("a firewall table needs root")
+    subprocess.run(["nft", "add", "table", "inet", criu_network.table(run)], check=True)
+    yield run
+    subprocess.run(
+        ["nft", "delete", "table", "inet", criu_network.table(run)],
+        check=False,
+        capture_output=True,
+    )
+
+
+def is_held(run: str) -> bool:
+    said = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True)
+    return criu_network.table(run) in said.stdout
+
+
+async def test_connections_are_held_until_their_image_is_gone(images: Images, table: str) -> None:
+    made = await make(images, 1, network=table)
+    image = names.image_of(made, own=True)
+    store = Gate()
+    state = State(store, "n1")
+    app = App(name="blast", uid=0)
+    async with trio.open_nursery() as nursery:
+        retention = Retention(state, Jobs(state, nursery), images)
+
+        async def refused() -> None:
+            with pytest.raises(Busy, match="good"):
+                await retention.remove(image)
+
+        state.show(app, image)
+        nursery.start_soon(state.commit, replace(app, labels={"good": 1}))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(refused)  # the label is on its way
+        await trio.testing.wait_all_tasks_blocked()
+        store.open.set()
+    assert is_held(table) and await images.verify("blast", 1) == ""
+    await state.commit(app)
+    await retention.remove(image)
+    assert not is_held(table)
 
 
 # -- the file
