@@ -206,6 +206,50 @@ def test_a_chunk_is_read_before_anybody_waits_for_it(chunks: Watched, reader: Re
     assert chunks.reads == [ids[1]]
 
 
+@pytest.mark.parametrize("each", [4096, 65_536, MIB])
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_who_reads_on_reads_nothing_twice_and_not_far_ahead(
+    chunks: Watched, reader: Reader, each: int, is_asked_for: bool
+) -> None:
+    """Of few bytes of each of many chunks too: as many as come are not all in memory."""
+    ids = [chunks.kept.add(os.urandom(each)) for _ in range(300)]
+    made = Recipe(ids, {"x": recipe.of_sources([Source(n, 0, each) for n in range(300)])})
+    source, at = ImageSource(reader, made), 0
+    if is_asked_for:
+        while at < made.size("x"):
+            source.ahead("x", at, 16 * MIB)
+            at += len(source.read("x", at, each))
+    else:
+        assert whole(source, "x") == content(chunks, made, "x")
+    assert sorted(chunks.reads) == sorted(ids)
+    assert len(chunks.memory) <= 4 + AHEAD_WINDOWS + 2
+
+
+def test_no_more_than_half_is_read_ahead_and_what_was_lent_goes_first(
+    chunks: Watched, reader: Reader
+) -> None:
+    ids, _ = many(chunks, 8)
+    assert reader.ahead(ids[:4]) == 2
+    for id in ids[4:]:
+        reader.lend(id).give_back()
+    for id in ids[:2]:
+        reader.lend(id).give_back()
+    assert sorted(chunks.reads) == sorted(ids[:2] + ids[4:])
+    assert reader.ahead(ids[1:4]) == 3
+
+
+def test_what_was_read_ahead_for_somebody_who_left_does_not_stay(
+    chunks: Watched, reader: Reader
+) -> None:
+    ids, _ = many(chunks, 40)
+    assert reader.ahead(ids[:2]) == 2
+    for id in ids[4:]:
+        reader.lend(id).give_back()
+    assert reader.ahead(ids[2:4]) == 2
+    reader.lend(ids[0]).give_back()
+    assert chunks.reads.count(ids[0]) == 2
+
+
 def test_what_nobody_reads_is_let_go_of_and_what_is_lent_is_not(
     chunks: Watched, reader: Reader
 ) -> None:
@@ -270,6 +314,17 @@ def test_what_failed_ahead_is_told_to_who_asks_and_read_anew_then(
         reader.lend(ids[0])
     chunks.damaged.clear()
     reader.lend(ids[0]).give_back()
+
+
+def test_what_had_failed_before_anybody_asked_is_read_anew(chunks: Watched, reader: Reader) -> None:
+    ids, _ = many(chunks, 1)
+    chunks.damaged.add(ids[0])
+    reader.ahead(ids)
+    assert isinstance(reader._ahead[ids[0]].size.exception(60), Damaged)
+    chunks.damaged.clear()
+    lent = reader.lend(ids[0])
+    assert lent.data == chunks.kept.raw[ids[0]]
+    lent.give_back()
 
 
 @pytest.mark.parametrize("is_scattered", [False, True])
