@@ -309,7 +309,7 @@ async def test_those_who_wait_keep_each_other_out_when_an_import_is_made_anew(im
                 nursery.start_soon(work)
             await trio.testing.wait_all_tasks_blocked()
             os.rmdir(path)
-        await images.imports.begin("blast", "v2", ANNA, ANNA)
+        os.mkdir(path, 0o700)  # before any of those who wait gets to look
         for _ in range(2):
             nursery.start_soon(work)
     await images.imports.remove("blast", "v2")
