@@ -43,10 +43,15 @@ class Buffers:
         self._is_free = bytearray(b"\1" * count)
         self._changed = threading.Condition()
 
-    def touch(self) -> None:
-        """Have the kernel back all of it by real memory. Blocks, other threads run on."""
+    def touch(self, check: Callable[[], None] = lambda: None) -> None:
+        """Have the kernel back all of it by real memory. Blocks, other threads run on; `check` is
+        called now and then and may raise."""
         with ThreadPoolExecutor(os.cpu_count()) as workers:
-            list(workers.map(self._touch, range(0, len(self._memory), TOUCH_BYTES)))
+            try:
+                for _ in workers.map(self._touch, range(0, len(self._memory), TOUCH_BYTES)):
+                    check()
+            finally:
+                workers.shutdown(cancel_futures=True)
 
     def _touch(self, offset: int) -> None:
         # not mmap.madvise, which keeps all other threads waiting; before Linux 5.14 it fails, and
@@ -128,7 +133,9 @@ class Reserve:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lent(self, expected_bytes: int) -> Iterator[Buffers]:
+    def lent(
+        self, expected_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Buffers]:
         """Lend touched buffers for so many bytes, fewer where the limit does not let as many.
 
         Raises OSError where there is no memory for them.
@@ -149,7 +156,7 @@ class Reserve:
             else:
                 spare = None  # its memory first
                 buffers = Buffers(count)
-                buffers.touch()
+                buffers.touch(check)
             yield buffers
         finally:
             with self._lock:

@@ -160,7 +160,9 @@ class Images:
                 session = stack.enter_context(self.store.session())
                 table = self.places.table(app)
                 known = pages.load(table)
-                buffers = stack.enter_context(self._memory.lent(expected_bytes))
+                buffers = stack.enter_context(
+                    self._memory.lent(expected_bytes, trio.from_thread.check_cancelled)
+                )
                 intake = Intake(buffers, session, known, self._seed)
                 stack.callback(intake.close)
                 return Spool(path, session, intake, self.store, partial(self.key, app), table)
