@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -34,8 +33,8 @@ class Buffers:
     def __init__(self, count: int, size_bytes: int = BUFFER_BYTES) -> None:
         self.count, self.size_bytes = count, size_bytes
         memory = mmap.mmap(-1, count * size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        # no huge pages: a guest's balloon gives free ones back to the host, and to have them again
+        # took five times as long as small ones
         self._memory = memory
         whole = memoryview(memory)
         self._views = [whole[at : at + size_bytes] for at in range(0, len(whole), size_bytes)]

@@ -16,8 +16,7 @@ from agent.backend import Backend, Data
 from agent.packs import MAX_CHUNK_BYTES, ChunkId, Sealed
 from krgfs.errors import Damaged
 
-SAMPLES = 4
-SAMPLE_BYTES = 4096
+FAST = 1
 SMALL_BYTES = 32 << 10
 WORTH = 0.9  # what does not become smaller than this share is stored as it is
 
@@ -49,7 +48,6 @@ class _Tools(threading.local):
     """zstd's contexts are for one thread at a time, and dear to make."""
 
     def __init__(self) -> None:
-        self.fast = zstandard.ZstdCompressor(level=1)
         self.compressors: dict[int, zstandard.ZstdCompressor] = {}
         self.decompressor = zstandard.ZstdDecompressor()
 
@@ -81,30 +79,15 @@ def seal(id: ChunkId, parts: Sequence[Data], level: int) -> Sealed:
     raw = sum(len(part) for part in parts)
     if raw > MAX_CHUNK_BYTES:
         raise ValueError(f"a chunk of {raw} bytes; the most is {MAX_CHUNK_BYTES}")
-    if raw and _promises(parts, raw):
-        packed = _compressed(parts, raw, level)
+    # What does not compress costs zstd's fast level less than a few samples of it would.
+    for tried in dict.fromkeys((min(level, FAST), level)):
+        packed = _compressed(parts, raw, tried)
         stored = sum(len(part) for part in packed)
-        if stored <= raw * WORTH:
+        if stored > raw * WORTH:
+            break
+        if tried == level:
             return Sealed(id, packed, stored, raw, _sum(packed), Codec.ZSTD)
     return Sealed(id, tuple(parts), raw, raw, _sum(parts), Codec.RAW)
-
-
-def _promises(parts: Sequence[Data], raw: int) -> bool:
-    """Tell by a few samples whether compression is worth its while."""
-    if raw <= 2 * SAMPLES * SAMPLE_BYTES:
-        return True
-    step = max(1, len(parts) // SAMPLES)
-    samples: list[Data] = []
-    for part in parts[::step][:SAMPLES]:
-        samples += _spread(memoryview(part), 1 if len(parts) >= SAMPLES else SAMPLES)
-    tried = sum(len(_tools.fast.compress(sample)) for sample in samples)
-    return tried <= WORTH * sum(len(sample) for sample in samples)
-
-
-def _spread(part: memoryview, count: int) -> list[memoryview]:
-    step = max(1, len(part) // count)
-    starts = range(step // 2, len(part), step)
-    return [part[start : start + SAMPLE_BYTES] for start in starts][:count]
 
 
 def _compressed(parts: Sequence[Data], raw: int, level: int) -> tuple[bytes, ...]:
