@@ -7,7 +7,7 @@ it is blocking work, for `durable.run`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import trio
@@ -113,12 +113,6 @@ def _changed(expected: Mapping[str, FileSum], now: Mapping[str, FileSum]) -> lis
         for name in sorted(expected.keys() | now.keys())
         if expected.get(name) != now.get(name)
     ]
-
-
-def _sums(path: str, names: Iterable[str]) -> dict[str, FileSum]:
-    """Hash files below `path`."""
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    return {name: _sum(os.path.join(path, name), buffer) for name in sorted(names)}
 
 
 def _sum(path: str, buffer: memoryview) -> FileSum:

@@ -1,20 +1,19 @@
 """Blocking work on the files of the image store: in threads, durable, and refused in sentences.
 
-`run` and `together` take such work off the event loop; all else here is such work. What it changes
-is on the disk when it returns, except for `write` and `own`, after which `sync` or `flush` is due.
-Whatever the kernel refuses comes out as NoRoom, OverQuota, Gone or EngineFailed.
+`run` takes such work off the event loop; all else here is such work. What it changes is on the disk
+when it returns, except for `write` and `own`, after which `sync` is due. Whatever the kernel
+refuses comes out as NoRoom, OverQuota, Gone or EngineFailed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import trio
@@ -25,7 +24,6 @@ MAKE_ROOM = (
     "remove images that nobody needs (rmdir /krg/images/APP/vN, or keep in its policy), "
     "then try again"
 )
-WINDOW_BYTES = 64 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -38,24 +36,6 @@ async def run(action: str, work: Callable[[], T], limiter: trio.CapacityLimiter 
             return work()
 
     return await trio.to_thread.run_sync(told, limiter=limiter)
-
-
-async def together(action: str, limiter: trio.CapacityLimiter, *works: Callable[[], None]) -> None:
-    """Do several pieces of work at once; the first that fails cancels the others and is raised."""
-    failures: list[KrgError] = []
-
-    async def one(work: Callable[[], None]) -> None:
-        try:
-            await run(action, work, limiter)
-        except KrgError as exc:
-            failures.append(exc)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for work in works:
-            nursery.start_soon(one, work)
-    if failures:
-        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -120,51 +100,6 @@ def sync(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def flush(paths: Iterable[str]) -> None:
-    """Make files durable. Their data is sent off first, so that one journal commit does for all.
-
-    Not syncfs: it would wait for what everybody else has written to that filesystem.
-    """
-    paths = list(paths)
-    for path in paths:
-        with opened(path, os.O_RDONLY) as fd:
-            _send_off(fd)
-    for path in paths:
-        sync(path)
-        trio.from_thread.check_cancelled()
-
-
-_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
-if _sync_file_range:
-    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-
-
-def _send_off(fd: int) -> None:
-    """Start to write a file's data, window by window, so that cancellation need not wait for all.
-
-    It only hastens what fsync does and reports, so its own failures do not matter.
-    """
-    if _sync_file_range is None:
-        return
-    for start in range(0, os.fstat(fd).st_size, WINDOW_BYTES):
-        _sync_file_range(fd, start, WINDOW_BYTES, _WRITE)
-        if start:
-            before = start - WINDOW_BYTES
-            _sync_file_range(fd, before, WINDOW_BYTES, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-        trio.from_thread.check_cancelled()
-
-
-def publish(source: str, target: str) -> None:
-    """Rename durably, or not at all."""
-    os.rename(source, target)
-    try:
-        sync(os.path.dirname(target))
-    except OSError:
-        os.rename(target, source)
-        raise
 
 
 def discard(path: str) -> None:
