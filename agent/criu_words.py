@@ -63,8 +63,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         r"Can't fork for (?P<pid>\d+): File exists",
         Exists,
-        "pid {pid} is taken by another process; write pid=new for a private pid "
-        "namespace",
+        "pid {pid} is taken by another process; write pid=new for a private pid namespace",
     ),
     _rule(
         r"Unable to create a thread: -17",
