@@ -157,7 +157,7 @@ def test_the_next_agent_says_that_nothing_came_to_life(here: Ground) -> None:
     here.wait_phase(2, "restoring")
     until(lambda: engines(here.site), "CRIU at work")
     here.kill_agent()
-    here.kill_engines()
+    until(lambda: not engines(here.site), "CRIU ends with the agent that it had the memory from")
     here.agent_again()
     word, said = writer.outcome()
     assert word == "EIO" and "nothing of it runs" in said, (word, said)
