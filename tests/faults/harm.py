@@ -43,12 +43,17 @@ def manifest(site: Site, ref: str) -> Place:
 
 
 def chunks(site: Site, ref: str, pattern: str) -> list[Place]:
-    """Return where the chunks lie that the largest file of this name is made of."""
+    """Return where the chunks lie that the largest file of this name is made of, but for those
+    that are stored twice: harm to one copy of them does none."""
     _, recipe = versions.decode(manifest(site, ref).path.read_bytes(), ref)
     name = max((name for name in recipe.files if fnmatch(name, pattern)), key=recipe.size)
     wanted = {recipe.chunks[number] for number in recipe.chunks_of(name)}
-    found = [place for id, place in _all(store(site)) if id in wanted]
-    assert found, f"no pack has a chunk of {ref}/{name}"
+    copies: dict[bytes, list[Place]] = {}
+    for id, place in _all(store(site)):
+        if id in wanted:
+            copies.setdefault(id, []).append(place)
+    found = [places[0] for places in copies.values() if len(places) == 1]
+    assert found, f"no pack has a chunk of {ref}/{name} that is in no other"
     return found
 
 
