@@ -1,10 +1,8 @@
 """Images in a store: dumps, damage, full stores and what a crash leaves."""
 
-import errno
 import itertools
 import os
 import stat
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from agent.backend import MemoryBackend
 from agent.backend_directory import DirectoryBackend
 from agent.buffers import LEAST_BUFFERS
 from agent.chunks import ChunkStore
-from agent.durable import together
 from agent.images import Limits
 from agent.manifest import MANIFEST, FileSum
 from agent.recipe import Recipe, extents
@@ -211,19 +208,6 @@ async def test_dumps_take_their_memory_from_one_store_of_it(tmp_path):
         for app in ("one", "two"):
             found = await contents_of(images, app=app)
             assert {name: found[name] for name in dumped} == dumped
-
-
-async def test_work_that_fails_ends_what_is_done_beside_it():
-    def fail():
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def go_on_for_ever():
-        while True:
-            time.sleep(0.01)
-            trio.from_thread.check_cancelled()
-
-    with pytest.raises(EngineFailed, match="cannot store blast/v1: Input/output error; see"):
-        await together("cannot store blast/v1", trio.CapacityLimiter(2), go_on_for_ever, fail)
 
 
 # -- names and reading
