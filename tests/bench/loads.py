@@ -345,7 +345,8 @@ def _serve(directory: Path, dirty: Callable[[], None], passes: Callable[[], bool
             continue
         if told.si_signo == signal.SIGTERM:
             break
-        dirty()
+        if told.si_signo == signal.SIGUSR1:  # a dump that comes meanwhile makes it return others
+            dirty()
     _say(directory / "verdict", "PASS\n" if passes() else "FAIL: what it held is not there\n")
 
 
