@@ -56,8 +56,10 @@ def test_agent_and_criu_killed_together(here: Ground) -> None:
     writer = here.write(here.of("checkpoint"), "then=kill")
     here.wait_phase(1, "dumping")
     until(lambda: engines(here.site), "CRIU at work")
-    here.kill_agent()
+    assert here.site.agent is not None
+    here.site.agent.send_signal(signal.SIGSTOP)  # CRIU would end by itself when it has gone
     here.kill_engines()
+    here.kill_agent()
     here.agent_again()
     assert writer.outcome()[0] == "EIO"
     assert here.wait_over(1)["fate"] == "running"
