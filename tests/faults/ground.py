@@ -269,8 +269,20 @@ class Ground:
     def close(self) -> None:
         for each in self._writes:
             each.kill()
+        agent = self.site.agent
+        if agent is not None:
+            agent.send_signal(signal.SIGCONT)
+        if agent is not None and agent.poll() is not None and self.workload is not None:
+            self._let_go()  # a test that failed in between: its agent had something frozen
         if self.workload is not None:
             self.workload.close()
+
+    def _let_go(self) -> None:
+        """Have an agent undo what the one that is gone had under way."""
+        self.site.start_agent()
+        leaf = f"krg-{self.work.pid}.*"
+        trees = Path("/sys/fs/cgroup")
+        until(lambda: not [*trees.glob(leaf), *trees.glob(f"*/{leaf}")], "its cgroup has gone")
 
 
 @contextlib.contextmanager
