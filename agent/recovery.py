@@ -174,6 +174,8 @@ async def _restart(parts: Parts, running: Running, noted: Sequence[Fact]) -> str
         running.said = await criu.kept_words(directory, parts.job_log(running.id))
         if how := keepers.status(directory).ended:
             raise Gone(f"{ENDED}; the tree came to life, and has ended since ({how})")
+    with trio.move_on_after(keepers.CLEARING_S):
+        await keepers.cleared(directory)
     raise EngineFailed(f"{ENDED}, and nothing of it runs: do it again")
 
 
